@@ -1,0 +1,99 @@
+"""What locating a photo yields: the answer, its ranked candidates and the beam of every level.
+
+Writers for these results (JSON, GeoJSON, terminal table, HTML map) are in `geoengine.engine.render`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from geoengine.engine.tiles import LngLat, Tile
+
+HYPOTHESIS = (
+    "This is a hypothesis, not a proof: check it against other evidence, "
+    "and do not use it to find people without their consent."
+)
+"""The sentence that every output for people carries."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredTile:
+    """A tile and how similar it is to the photo.
+
+    `score` is what the search ranks tiles of one level by: the cosine of the photo embedding and the tile
+    embedding, -1 to 1. Scores of different levels come from different encoders and are not comparable.
+    """
+
+    tile: Tile
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Level:
+    """One stage of the search: what was looked at and what was kept.
+
+    `zoom` is the zoom of its tiles. `candidates` counts the tiles scored for this photo, `missing` those that
+    should have been scored but that the tile source does not have. `beam` holds the tiles kept, best first.
+    """
+
+    zoom: int
+    candidates: int
+    missing: int
+    beam: tuple[ScoredTile, ...]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the level's wanted tiles that the tile source has, 0 to 1; 0 when none was wanted."""
+        wanted = self.candidates + self.missing
+        return self.candidates / wanted if wanted else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One possible answer: a tile of the last level.
+
+    `rank` counts from 1. `point` is the centre of `tile` in degrees. `score` is the tile's score at its level.
+    `share` is the candidate's part of a softmax over the last level's beam, 0 to 1, with the logit scale of the
+    level's encoder; it compares candidates with each other and is no calibrated probability. `path` runs from
+    the coarsest level to the candidate itself, each tile containing the next.
+    """
+
+    rank: int
+    tile: Tile
+    point: LngLat
+    score: float
+    share: float
+    path: tuple[ScoredTile, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Location:
+    """Where a photo may have been taken.
+
+    `photo` is the name of the photo; its pixels are not kept. `world` is "earth", or "planet" for the built-in
+    demo world. `point` (degrees) and `score` are those of the first candidate. `candidates` are ranked, best
+    first, at most `SearchConfig.top`; `levels` run from coarse to fine; `k` is the beam width. `tiles` names
+    the tile source, `attribution` is what its licence asks to be shown ("" for nothing), `model` names the
+    encoders. `seconds` is the wall time of the search divided by the number of photos searched together.
+
+    `radius_km` is a measure of uncertainty: the tiles of the last level's beam get softmax shares with the
+    logit scale of the level's encoder; the radius is the smallest great-circle distance from `point` within
+    which at least two thirds of the share lies, plus half the diagonal of the answer's tile. It says how much
+    the last beam agrees with itself. It is not calibrated: when an early level dropped the true place, the
+    answer is far outside the radius.
+    """
+
+    photo: str
+    world: str
+    point: LngLat
+    score: float
+    radius_km: float
+    candidates: tuple[Candidate, ...]
+    levels: tuple[Level, ...]
+    k: int
+    tiles: str
+    attribution: str
+    model: str
+    seconds: float
