@@ -54,10 +54,10 @@ class Level:
 class Candidate:
     """One possible answer: a tile of the last level.
 
-    `rank` counts from 1. `point` is the centre of `tile` in degrees. `score` is the tile's score at its level.
-    `share` is the candidate's part of a softmax over the last level's beam, 0 to 1, with the logit scale of the
-    level's encoder; it compares candidates with each other and is no calibrated probability. `path` runs from
-    the coarsest level to the candidate itself, each tile containing the next.
+    `rank` counts from 1. `point` is the centre of `tile` in degrees. `score` is the tile's score at its
+    level. `share` is the candidate's part of a softmax over the last level's beam, 0 to 1, with the logit
+    scale of the level's encoder; it compares candidates with each other and is no calibrated probability.
+    `path` runs from the coarsest level to the candidate itself, each tile containing the next.
     """
 
     rank: int
@@ -72,11 +72,12 @@ class Candidate:
 class Location:
     """Where a photo may have been taken.
 
-    `photo` is the name of the photo; its pixels are not kept. `world` is "earth", or "planet" for the built-in
-    demo world. `point` (degrees) and `score` are those of the first candidate. `candidates` are ranked, best
-    first, at most `SearchConfig.top`; `levels` run from coarse to fine; `k` is the beam width. `tiles` names
-    the tile source, `attribution` is what its licence asks to be shown ("" for nothing), `model` names the
-    encoders. `seconds` is the wall time of the search divided by the number of photos searched together.
+    `photo` is the name of the photo; its pixels are not kept. `world` is "earth", or "planet" for the
+    built-in demo world. `point` (degrees) and `score` are those of the first candidate. `candidates` are
+    ranked, best first, at most `SearchConfig.top`; `levels` run from coarse to fine; `k` is the beam width.
+    `tiles` names the tile source, `attribution` is what its licence asks to be shown ("" for nothing),
+    `model` names the encoders. `seconds` is the wall time of the search divided by the number of photos
+    searched together.
 
     `radius_km` is a measure of uncertainty: the tiles of the last level's beam get softmax shares with the
     logit scale of the level's encoder; the radius is the smallest great-circle distance from `point` within
