@@ -1,0 +1,90 @@
+"""Where tile pictures come from: the seam that every tile source implements, and what opens one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from geoengine.engine.errors import SourceError
+
+_WHAT_A_SOURCE_IS = (
+    "a tile source is a URL template such as https://host/{z}/{x}/{y}.png, an .mbtiles file, "
+    "a folder of z/x/y.png tiles, or the word planet"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TileBatch:
+    """Some of the tiles that were asked for, as they arrived.
+
+    `positions` is int64[m], distinct row numbers of the request, in any order; `pixels` is uint8[m, S, S, 3]
+    in RGB order.
+    """
+
+    positions: npt.NDArray[np.int64]
+    pixels: npt.NDArray[np.uint8]
+
+
+class TileSource(Protocol):
+    """Something that gives tile pictures."""
+
+    @property
+    def name(self) -> str:
+        """What users see as the source's name; never holds a key."""
+
+    @property
+    def world(self) -> str:
+        """The world that the tiles show: "earth" or "planet"."""
+
+    @property
+    def attribution(self) -> str:
+        """Whom the pictures must be credited to; "" when that is unknown or nobody."""
+
+    @property
+    def tile_size(self) -> int:
+        """Side of the tiles in pixels."""
+
+    def read(self, z: int, xy: npt.NDArray[np.int64]) -> Iterator[TileBatch]:
+        """Yield the tiles `xy`, int64[n, 2] of (x, y), of zoom z in chunks, as they arrive, in any order.
+
+        A tile that does not exist is in no chunk, every other tile is in exactly one. All chunks of a call
+        have one tile side S. Raises TileError for a tile that cannot exist, SourceError when the source does
+        not answer.
+        """
+
+    def close(self) -> None:
+        """Let go of files and connections; closing twice is allowed, reading after it is not."""
+
+
+def open_source(spec: str) -> TileSource:
+    """Open the tile source that `spec` names: "planet", a URL template, an .mbtiles file or a folder.
+
+    Raises SourceError when it is none of these or cannot be opened.
+    """
+    if spec == "planet":
+        from geoengine.engine.sources.planet import PlanetSource
+
+        return PlanetSource()
+    if spec.lower().startswith(("http://", "https://")):
+        from geoengine.engine.sources.http import HttpSource
+
+        return HttpSource(spec)
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".pmtiles":
+        raise SourceError(
+            f"{spec}: this version does not read PMTiles; convert the file to MBTiles "
+            f"and give the .mbtiles file instead"
+        )
+    if path.suffix.lower() == ".mbtiles":
+        from geoengine.engine.sources.mbtiles import MBTilesSource
+
+        return MBTilesSource(path)
+    if path.is_dir():
+        from geoengine.engine.sources.folder import FolderSource
+
+        return FolderSource(path)
+    if path.exists():
+        raise SourceError(f"{spec} is not a tile source: {_WHAT_A_SOURCE_IS}")
+    raise SourceError(f"there is no tile source {spec!r}: {_WHAT_A_SOURCE_IS}")
