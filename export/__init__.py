@@ -1,0 +1,1 @@
+"""From PyTorch encoders to engine bundles."""
