@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from geoengine.engine.tiles import LngLat, Tile
 
+DEMO_WORLD = "demo planet, not Earth"
+"""What outputs for people call the built-in world."""
+
 HYPOTHESIS = (
     "This is a hypothesis, not a proof: check it against other evidence, "
     "and do not use it to find people without their consent."
@@ -69,6 +72,16 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExifComparison:
+    """How far an answer is from the GPS tag of its photo; only for evaluation, and only when asked for.
+
+    `distance_km` is the great-circle distance, None when the photo has no GPS tag. The tag is not kept.
+    """
+
+    distance_km: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Location:
     """Where a photo may have been taken.
 
@@ -84,6 +97,8 @@ class Location:
     which at least two thirds of the share lies, plus half the diagonal of the answer's tile. It says how much
     the last beam agrees with itself. It is not calibrated: when an early level dropped the true place, the
     answer is far outside the radius.
+
+    `exif` is None unless the caller compared the answer with the photo's GPS tag; the search never sees it.
     """
 
     photo: str
@@ -98,3 +113,4 @@ class Location:
     attribution: str
     model: str
     seconds: float
+    exif: ExifComparison | None = None

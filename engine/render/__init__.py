@@ -1,0 +1,1 @@
+"""Writers for results: JSON, GeoJSON, a table for the terminal, and a self-contained HTML map."""
