@@ -1,0 +1,224 @@
+"""Map tiles of the planet, drawn like a hybrid map: ground, sea, roads, towns, badges and names.
+
+One legend holds at all zooms. The tile of an even zoom L from 2 to 16 is one cell of level L; other zooms are
+magnified, reduced or cropped views of cells, so every zoom shows the same world.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from geoengine.engine.sources.planet.colours import MAP_BRIGHT, MAP_DARK, MAP_SYMBOL
+from geoengine.engine.sources.planet.names import place_name
+from geoengine.engine.sources.planet.noise import (
+    Float32Array,
+    Int64Array,
+    bspline_matrix,
+    hash_unit,
+    lattice_values,
+)
+from geoengine.engine.sources.planet.world import World
+
+UInt8Array = npt.NDArray[np.uint8]
+
+_GROUND_CELLS = 4  # lattice cells of the ground mosaic per map cell
+_WARP = 0.055  # of a cell: how far a border between two cells wanders
+_KEY_GROUND, _KEY_WARP_X, _KEY_WARP_Y, _KEY_ROAD, _KEY_TOWN = 21, 22, 23, 24, 25
+_SEA_RGB = np.array([[58, 96, 140], [66, 108, 150], [80, 126, 164], [104, 150, 180]], dtype=np.uint8)
+_SEA_DEPTHS = np.array([-0.35, -0.15, -0.05], dtype=np.float32)
+# Badges of a place and the regions it lies in: (left, top) of up to eight, as shares of the cell; its own first.
+_BADGE_SIZE = (0.205, 0.17)
+_BADGES = tuple((0.045 + 0.235 * column, top) for top in (0.795, 0.035) for column in range(4))
+
+
+def render_cells(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
+    """Draw the cells `xy` (int64[n, 2]) of an even `level` from 2 to 16, as RGB uint8[n, size, size, 3]."""
+    kind = world.land_kind(level, xy)
+    pictures = _ground(world, level, xy, size)
+    hues = world.ancestor_hues(level, xy)
+    symbol = MAP_SYMBOL.rgb(hues)  # (n, levels, 2, 3)
+    for i, (x, y) in enumerate(xy.tolist()):
+        sea = None if kind[i] == 1 else world.elevation_grid(level, x, y, size)
+        if sea is not None and not (sea > 0).any():
+            pictures[i] = _SEA_RGB[np.digitize(sea, _SEA_DEPTHS)]
+            continue
+        _draw_roads(world, level, x, y, symbol[i], pictures[i])
+        if sea is not None:
+            water = sea <= 0
+            pictures[i][water] = _SEA_RGB[np.digitize(sea[water], _SEA_DEPTHS)]
+        _draw_symbols(world, level, x, y, symbol[i], pictures[i])
+    return _grain(pictures)
+
+
+def _ground(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
+    """The mosaic of bright `a` and dark `b`, with the neighbours' colours where the border wanders in."""
+    mosaic = _field(world, _KEY_GROUND, level, xy, _GROUND_CELLS, size)
+    child = _field(world, _KEY_GROUND, level + 2, xy * 4, _GROUND_CELLS, size, cells=4)
+    parent = _parent_field(world, level, xy, size)
+    warp_x = _field(world, _KEY_WARP_X, level, xy, _GROUND_CELLS, size) * _WARP
+    warp_y = _field(world, _KEY_WARP_Y, level, xy, _GROUND_CELLS, size) * _WARP
+    centres, bump, child_cell, stripes = _pixel_tables(size)
+    across, down = warp_x + centres, warp_y + centres[:, None]
+    column = 1 + (across >= 1).astype(np.int32) - (across < 0)
+    row = 1 + (down >= 1).astype(np.int32) - (down < 0)
+    index = (row * 3 + column) * 2 + (mosaic > 0)
+    grown = np.abs(child) * bump > 0.34
+    inside = index // 2 == 4
+    index = np.where(grown & inside, 18 + child_cell * 2 + (child > 0), index)
+    index += 50 * (parent > 0)
+    if level >= 12:
+        index += 100 * (stripes & (mosaic > 0))
+    table = _legend(world, level, xy)  # (n, 200) packed RGBA
+    packed = np.take_along_axis(table, index.reshape(len(xy), -1), axis=1)
+    rgba = packed.view(np.uint8).reshape(len(xy), size, size, 4)
+    return np.ascontiguousarray(rgba[..., :3])
+
+
+def _legend(world: World, level: int, xy: Int64Array) -> npt.NDArray[np.uint32]:
+    """Colour of every ground class, uint32[n, 200]: (9 cells + 16 children) x (b, a) x 2 shades x 2 stripes."""
+    n = len(xy)
+    offset = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="xy"), axis=-1).reshape(
+        9, 2
+    )  # row-major, (x, y)
+    around = world.hues(level, (xy[:, None] + offset).reshape(-1, 2)).reshape(n, 9, 2)
+    inner = np.stack(np.meshgrid(range(4), range(4), indexing="xy"), axis=-1).reshape(16, 2)
+    children = world.hues(level + 2, (xy[:, None] * 4 + inner).reshape(-1, 2)).reshape(n, 16, 2)
+    hues = np.concatenate([around, children], axis=1)  # (n, 25, 2)
+    colour = np.stack([MAP_DARK.rgb(hues[..., 1]), MAP_BRIGHT.rgb(hues[..., 0])], axis=2).reshape(n, 50, 3)
+    shades = [colour * factor for factor in (0.95, 1.03, 0.87, 0.95)]
+    rgba = np.full((n, 200, 4), 255, dtype=np.uint8)
+    rgba[..., :3] = np.clip(np.concatenate(shades, axis=1), 0, 255)
+    return rgba.view(np.uint32)[..., 0]
+
+
+def _field(
+    world: World, key: int, level: int, xy: Int64Array, per_cell: int, size: int, *, cells: int = 1
+) -> Float32Array:
+    """Value noise over windows of `cells` x `cells` cells whose first cells are `xy`; float32[n, size, size]."""
+    first, matrix = bspline_matrix(0.0, cells * per_cell / size, size)
+    taps = first + np.arange(matrix.shape[1])
+    columns = (xy[:, 0, None, None] * per_cell + taps) % (per_cell << level)
+    rows = xy[:, 1, None, None] * per_cell + taps[:, None]
+    values = lattice_values(world.seed * 64 + key, level, columns, rows)  # (n, taps, taps)
+    field: Float32Array = matrix @ values @ matrix.T
+    return field
+
+
+def _parent_field(world: World, level: int, xy: Int64Array, size: int) -> Float32Array:
+    """The parent's mosaic field inside each cell, a quarter of its width and height; float32[n, size, size]."""
+    first, matrix = bspline_matrix(0.0, _GROUND_CELLS / 4 / size, size)
+    taps = first + np.arange(matrix.shape[1])
+    columns = (xy[:, 0, None, None] + taps) % (_GROUND_CELLS << (level - 2))
+    values = lattice_values(
+        world.seed * 64 + _KEY_GROUND, level - 2, columns, xy[:, 1, None, None] + taps[:, None]
+    )
+    field: Float32Array = matrix @ values @ matrix.T
+    return field
+
+
+@lru_cache(maxsize=8)
+def _pixel_tables(
+    size: int,
+) -> tuple[Float32Array, Float32Array, npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Pixel centres in cell units, the window that keeps blobs inside child cells, child numbers, stripes."""
+    centres = ((np.arange(size) + 0.5) / size).astype(np.float32)
+    edge = np.clip(np.sin(np.pi * (centres * 4 % 1)) * 1.6, 0, 1)
+    child = (centres * 4).astype(np.int32)
+    diagonal = (centres + centres[:, None]) * 14 % 1
+    return centres, np.outer(edge, edge), child[:, None] * 4 + child, diagonal < 0.4
+
+
+def _draw_roads(world: World, level: int, x: int, y: int, symbol: Float32Array, picture: UInt8Array) -> None:
+    """The cell's own two roads, in the parent's colours, over thinner roads of the parent that pass through."""
+    size = picture.shape[0]
+    if level >= 4:
+        shift = np.array([x & 3, y & 3])
+        for road, colour in zip(
+            _roads(world, level - 2, x >> 2, y >> 2), symbol[max(0, len(symbol) - 3)], strict=True
+        ):
+            _line(picture, road * 4 - shift, colour, max(1, size // 48))
+    for road, colour in zip(_roads(world, level, x, y), symbol[max(0, len(symbol) - 2)], strict=True):
+        _line(picture, road, colour, max(1, round(size * 0.055)))
+
+
+def _line(picture: UInt8Array, points: npt.NDArray[np.float64], colour: Float32Array, width: int) -> None:
+    fixed = np.round(points * picture.shape[0] * 16 - 8).astype(np.int32)[None]
+    cv2.polylines(picture, fixed, False, (52, 48, 50), width + 2, cv2.LINE_AA, 4)
+    cv2.polylines(picture, fixed, False, colour.tolist(), width, cv2.LINE_AA, 4)
+
+
+def _town(world: World, level: int, x: int, y: int) -> npt.NDArray[np.float64]:
+    """Where the town of a cell stands, in cell units."""
+    return 0.46 + 0.08 * hash_unit(world.seed, _KEY_TOWN, level, x, y, np.arange(2)).astype(np.float64)
+
+
+def _roads(world: World, level: int, x: int, y: int) -> list[npt.NDArray[np.float64]]:
+    """West-east and north-south road of a cell through its town, in cell units, float64[3, 2] each.
+
+    Roads cross an edge where the hash of that edge says, so they meet the neighbours' roads.
+    """
+    size = 1 << level
+    town = _town(world, level, x, y)
+    columns, rows = np.array([x, x + 1]) % size, np.array([y, y + 1])
+    west_east = 0.4 + 0.2 * hash_unit(world.seed, _KEY_ROAD, level, 0, columns, y)
+    north_south = 0.4 + 0.2 * hash_unit(world.seed, _KEY_ROAD, level, 1, x, rows)
+    return [
+        np.array([[0, west_east[0]], town, [1, west_east[1]]]),
+        np.array([[north_south[0], 0], town, [north_south[1], 1]]),
+    ]
+
+
+def _draw_symbols(
+    world: World, level: int, x: int, y: int, symbol: Float32Array, picture: UInt8Array
+) -> None:
+    """Town ring in the grandparent's colours, a badge for the place and each ancestor, and its name."""
+    size = picture.shape[0]
+    centre = _town(world, level, x, y) * size
+    point = (round(float(centre[0])), round(float(centre[1])))
+    radius = max(2, round(size * 0.115))
+    top, bottom = symbol[max(0, len(symbol) - 3)].tolist()
+    cv2.circle(picture, point, radius + max(1, size // 56), (250, 250, 250), -1, cv2.LINE_AA)
+    cv2.ellipse(picture, point, (radius, radius), 0, 180, 360, top, -1, cv2.LINE_AA)
+    cv2.ellipse(picture, point, (radius, radius), 0, 0, 180, bottom, -1, cv2.LINE_AA)
+    for (left, high), colours in zip(_BADGES, symbol[::-1], strict=False):
+        _badge(picture, left * size, high * size, colours.tolist())
+    if size >= 64:
+        _name(picture, place_name(world.seed, level, x, y), (size * 0.06, size * 0.735))
+
+
+def _badge(picture: UInt8Array, left: float, top: float, colours: list[list[float]]) -> None:
+    size = picture.shape[0]
+    width, height = _BADGE_SIZE[0] * size, _BADGE_SIZE[1] * size
+    x0, y0, x1, y1 = round(left), round(top), round(left + width), round(top + height)
+    middle = round(top + height / 2)
+    cv2.rectangle(picture, (x0 - 1, y0 - 1), (x1, y1), (245, 245, 245), -1)
+    picture[y0:middle, x0:x1] = np.array(colours[0], dtype=np.uint8)
+    picture[middle:y1, x0:x1] = np.array(colours[1], dtype=np.uint8)
+
+
+def _name(picture: UInt8Array, text: str, corner: tuple[float, float]) -> None:
+    scale = picture.shape[0] / 300
+    x, y = round(corner[0]), round(corner[1])
+    for offset, colour in ((1, (40, 40, 40)), (0, (250, 250, 250))):
+        cv2.putText(
+            picture, text, (x + offset, y + offset), cv2.FONT_HERSHEY_DUPLEX, scale, colour, 1, cv2.LINE_AA
+        )
+
+
+def _grain(pictures: UInt8Array) -> UInt8Array:
+    """Fine texture, the same in every tile, so that it has no seams either."""
+    lighter, darker = _grain_tables(pictures.shape[1])
+    for picture in pictures:
+        cv2.add(picture, lighter, picture)
+        cv2.subtract(picture, darker, picture)
+    return pictures
+
+
+@lru_cache(maxsize=8)
+def _grain_tables(size: int) -> tuple[UInt8Array, UInt8Array]:
+    noise = np.random.default_rng(5).normal(0, 4, (size, size, 1)).repeat(3, axis=2)
+    return np.clip(noise, 0, 255).astype(np.uint8), np.clip(-noise, 0, 255).astype(np.uint8)
