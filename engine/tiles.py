@@ -267,7 +267,7 @@ def xy_in_bbox(bbox: LngLatBbox, z: int) -> XyArray:
     left, top = xy_at(west, north, z)[0].tolist()
     # Across the antimeridian the last column is n or more, and is brought back by the remainder below.
     right = max(left, math.ceil((float(_east_fraction(west)) + width / 360.0 - _EDGE) * n) - 1)
-    bottom = min(max(top, math.ceil((float(_south_fraction(south)) - _EDGE) * n) - 1), n - 1)
+    bottom = max(top, math.ceil((float(_south_fraction(south)) - _EDGE) * n) - 1)
     columns = min(right - left + 1, n)
     _check_room(columns * (bottom - top + 1), z)
     x, y = np.meshgrid(np.arange(left, left + columns) % n, np.arange(top, bottom + 1), indexing="ij")
