@@ -27,8 +27,8 @@ def schema_text() -> str:
 def json_lines(locations: Iterable[Location]) -> str:
     """Return one line of JSON per photo, each ending in a line feed.
 
-    All of it is ASCII, so that no file name and no terminal encoding can spoil it. Raises ValueError for a NaN
-    or an infinity.
+    All of it is ASCII, so that no file name and no terminal encoding can spoil it. Raises ValueError for a
+    NaN or an infinity.
     """
     return "".join(json.dumps(json_object(location), allow_nan=False) + "\n" for location in locations)
 

@@ -34,7 +34,7 @@ def print_locations(locations: Iterable[Location], file: TextIO, *, width: int |
 
 
 def printable(text: str) -> str:
-    """Return `text` with everything that could steer a terminal, a line feed included, written as an escape."""
+    """Return `text` with all that could steer a terminal, line feeds included, written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
