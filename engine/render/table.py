@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from geoengine.engine.results import DEMO_WORLD, HYPOTHESIS, Location
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import RenderableType
 
 
-def print_locations(locations: Iterable[Location], file: TextIO, *, width: int | None = None) -> None:
-    """Write every result to `file`: the answer, the ranked candidates, the path through the levels.
+def table_text(locations: Iterable[Location], terminal: TextIO) -> str:
+    """Return every result as text: the answer, the ranked candidates, the path through the levels.
 
-    Colours only where `file` is a terminal. `width` is in characters; without it lines are as wide as the
-    terminal, and practically never wrapped elsewhere.
+    Colours and line breaks suit `terminal`, as `text_of` says.
+    """
+    from rich.text import Text
+
+    shown = list(locations)
+    parts = [part for location in shown for part in _location_parts(location)]
+    for attribution in sorted({location.attribution for location in shown} - {""}):
+        parts.append(Text(f"Tiles: {printable(attribution)}", style="dim"))
+    if shown:
+        parts.append(Text(HYPOTHESIS, style="dim"))
+    return text_of(parts, terminal)
+
+
+def text_of(parts: Iterable[RenderableType], terminal: TextIO) -> str:
+    """Return what rich would print to `terminal`, with colours and the terminal's width if it is one.
+
+    Elsewhere lines are practically never wrapped. Nothing is written.
     """
     from rich.console import Console
-    from rich.markup import escape
 
-    if width is None and not file.isatty():
-        width = 400
-    console = Console(file=file, width=width, highlight=False, emoji=False)
-    shown: list[Location] = []
-    for location in locations:
-        _print_location(console, location)
-        shown.append(location)
-    for attribution in sorted({location.attribution for location in shown} - {""}):
-        console.print(f"Tiles: {escape(printable(attribution))}", style="dim")
-    if shown:
-        console.print(HYPOTHESIS, style="dim")
+    width = None if terminal.isatty() else 400
+    console = Console(file=terminal, width=width, highlight=False, emoji=False)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return capture.get()
 
 
 def printable(text: str) -> str:
@@ -50,23 +59,20 @@ def format_km(km: float) -> str:
     return f"{km:.1f} km" if km < 100 else f"{km:,.0f} km"
 
 
-def _print_location(console: Console, location: Location) -> None:
+def _location_parts(location: Location) -> Iterator[RenderableType]:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     world = f"  [{DEMO_WORLD}]" if location.world == "planet" else ""
-    console.print(Text.assemble((printable(location.photo), "bold"), (world, "yellow")))
-    console.print(
-        Text.assemble(
-            (format_point(location.point.lat, location.point.lng), "bold green"),
-            f"  ± {format_km(location.radius_km)} (uncalibrated)",
-        )
+    yield Text.assemble((printable(location.photo), "bold"), (world, "yellow"))
+    yield Text.assemble(
+        (format_point(location.point.lat, location.point.lng), "bold green"),
+        f"  ± {format_km(location.radius_km)} (uncalibrated)",
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("#", "latitude", "longitude", "score", "share"):
+    for heading in ("#", "latitude", "longitude", "score", "share", "tile"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("tile", overflow="fold")
     for candidate in location.candidates:
         table.add_row(
             str(candidate.rank),
@@ -76,13 +82,14 @@ def _print_location(console: Console, location: Location) -> None:
             f"{candidate.share:.1%}",
             str(candidate.tile),
         )
-    console.print(table)
-    path = "  ".join(f"z{step.tile.z} {step.score:.3f}" for step in location.candidates[0].path)
-    console.print(Text(f"path: {path}"))
-    console.print(Text(_search_line(location)))
+    yield table
+    yield Text(
+        "path: " + "  ".join(f"z{step.tile.z} {step.score:.3f}" for step in location.candidates[0].path)
+    )
+    yield Text(_search_line(location))
     if location.exif is not None:
-        console.print(Text(_exif_line(location)))
-    console.print()
+        yield Text(_exif_line(location))
+    yield Text("")
 
 
 def _search_line(location: Location) -> str:

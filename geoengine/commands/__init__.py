@@ -1,0 +1,1 @@
+"""The commands of `geoengine`, one module each, and how they talk to a terminal."""

@@ -1,0 +1,293 @@
+"""`geoengine locate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
+from geoengine.engine.errors import GeoEngineError, PhotoError, SourceError
+
+if TYPE_CHECKING:
+    from geoengine.engine.engine import GeoEngine
+    from geoengine.engine.photos import Photo, PhotoLimits
+    from geoengine.engine.results import Location
+    from geoengine.engine.search import SearchConfig
+
+PHOTOS_PER_SEARCH = 64
+"""Photos searched together: enough to share tiles, few enough that a folder's first results come early."""
+
+_TILES_EXAMPLE = (
+    "give the map tiles to search with --tiles, for example "
+    "--tiles 'https://tiles.example.org/{z}/{x}/{y}.jpg', --tiles world.mbtiles or --tiles folder/"
+)
+
+
+class Output(StrEnum):
+    """What is written to stdout."""
+
+    TABLE = "table"
+    JSON = "json"
+    GEOJSON = "geojson"
+
+    def text(self, locations: list[Location]) -> str:
+        """Return the results in this format."""
+        if self is Output.JSON:
+            from geoengine.engine.render.json_lines import json_lines
+
+            return json_lines(locations)
+        if self is Output.GEOJSON:
+            from geoengine.engine.render.geojson import geojson_text
+
+            return geojson_text(locations)
+        from geoengine.engine.render.table import table_text
+
+        return table_text(locations, sys.stdout)
+
+
+def locate(
+    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of photos.", metavar="PHOTO")],
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Search the built-in demo planet, which is not Earth.")
+    ] = False,
+    k: Annotated[int, typer.Option("--k", help="Beam width: tiles kept after each level.")] = 16,
+    levels: Annotated[
+        str, typer.Option(help="Zooms to search, such as 4,6,8 or 4-16 (every second one).")
+    ] = "4-16",
+    top: Annotated[int, typer.Option(help="Candidates reported per photo.")] = 5,
+    bundle: Annotated[
+        str | None,
+        typer.Option(help="Engine bundle folder, or planet. Default: engines/, then the data folder."),
+    ] = None,
+    tiles: Annotated[
+        str | None,
+        typer.Option(
+            help="Map tiles: a URL template with {z} {x} {y}, an .mbtiles file, a folder, or planet."
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the encoders.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
+    max_megapixels: Annotated[float, typer.Option(help="Larger photos are refused before decoding.")] = 100.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per photo and line.")] = False,
+    as_geojson: Annotated[bool, typer.Option("--geojson", help="One GeoJSON FeatureCollection.")] = False,
+    map_file: Annotated[
+        Path | None, typer.Option("--map", help="Also write a self-contained HTML map.", metavar="FILE.html")
+    ] = None,
+    compare_exif: Annotated[
+        bool,
+        typer.Option("--compare-exif", help="Also print the distance to the GPS tag; for evaluation only."),
+    ] = False,
+) -> None:
+    """Find where photos may have been taken: a hypothesis, not a proof.
+
+    Results go to stdout, everything else to stderr. GPS tags are not used for the answer, and photos are
+    never written or logged. With a tile server, the server learns which places are searched.
+
+    Exit status: 0 all photos were located; 1 some were not; 2 none was, or the command line was wrong.
+    """
+    output = _output(as_json, as_geojson)
+    order = Order.parse(demo, bundle, tiles, k, levels, top, max_megapixels)
+    if map_file is not None:
+        _check_writable(map_file)
+    session = Session(order, compare_exif)
+    paths = session.find(photos)
+    with session.open(backend, threads) as engine:
+        for batch in session.locate(engine, paths):
+            if output is not Output.GEOJSON:
+                write_result(output.text(batch))
+                sys.stdout.flush()
+        if session.located and output is Output.GEOJSON:
+            write_result(output.text(session.located))
+        if session.located and map_file is not None:
+            _write_map(map_file, session.located, engine)
+    raise typer.Exit(session.status)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What is searched, checked before anything is opened."""
+
+    bundle: str | None
+    tiles: str | None
+    config: SearchConfig
+    limits: PhotoLimits
+
+    @classmethod
+    def parse(
+        cls,
+        demo: bool,
+        bundle: str | None,
+        tiles: str | None,
+        k: int,
+        levels: str,
+        top: int,
+        max_megapixels: float,
+    ) -> Order:
+        """Check the options against each other; raises GeoEngineError."""
+        from geoengine.engine.photos import PhotoLimits
+        from geoengine.engine.search import SearchConfig
+
+        if demo and (bundle is not None or tiles is not None):
+            raise GeoEngineError(
+                "--demo means --bundle planet --tiles planet already: leave out those two, or --demo"
+            )
+        if not 0 < max_megapixels <= 1e6:
+            raise GeoEngineError(f"--max-megapixels must be above 0, got {max_megapixels:g}")
+        return cls(
+            bundle="planet" if demo else bundle,
+            tiles="planet" if demo else tiles,
+            config=SearchConfig(k=k, levels=parse_levels(levels), top=top),
+            limits=PhotoLimits(max_pixels=max(1, round(max_megapixels * 1e6))),
+        )
+
+
+class Session:
+    """One run of the command: photos that fail are reported and counted, and the others located."""
+
+    def __init__(self, order: Order, compare_exif: bool) -> None:
+        self.order = order
+        self.compare_exif = compare_exif
+        self.located: list[Location] = []
+        self.failed = 0
+
+    @property
+    def status(self) -> Exit:
+        """The exit status that says what became of the photos."""
+        if not self.located:
+            return Exit.FAILED
+        return Exit.SOME_FAILED if self.failed else Exit.DONE
+
+    def find(self, given: Iterable[Path]) -> list[Path]:
+        """Return the photos that files and folders stand for; without any, ends the command."""
+        from geoengine.engine.photos import expand_photo_paths
+
+        found: list[Path] = []
+        for path in given:
+            try:
+                found += expand_photo_paths([path])
+            except PhotoError as error:
+                self._fail(error)
+        if not found:
+            raise typer.Exit(Exit.FAILED)
+        return found
+
+    def open(self, backend: str, threads: int | None) -> GeoEngine:
+        """Open the engine; raises GeoEngineError."""
+        with waiting("loading the encoders"):
+            from geoengine.engine.bundle import EngineBundle, resolve_bundle
+            from geoengine.engine.engine import GeoEngine
+
+            bundle = resolve_bundle(self.order.bundle)
+            if self.order.tiles is None and EngineBundle.open(bundle, verify=False).world != "planet":
+                raise SourceError(_TILES_EXAMPLE)
+            return GeoEngine.open(bundle, self.order.tiles, backend=backend, threads=threads)
+
+    def locate(self, engine: GeoEngine, paths: Iterable[Path]) -> Iterator[list[Location]]:
+        """Yield the results of some photos at a time; after the first ones, a failing search just ends it."""
+        rest = iter(paths)
+        while chunk := list(itertools.islice(rest, PHOTOS_PER_SEARCH)):
+            readable = [(path, photo) for path in chunk if (photo := self._read(engine, path)) is not None]
+            if not readable:
+                continue
+            try:
+                batch = self._search(engine, [photo for _, photo in readable])
+            except GeoEngineError as error:
+                if not self.located:
+                    raise
+                self._fail(error)
+                return
+            if self.compare_exif:
+                batch = [_compared(place, path) for place, (path, _) in zip(batch, readable, strict=True)]
+            self.located += batch
+            yield batch
+
+    def _read(self, engine: GeoEngine, path: Path) -> Photo | None:
+        from geoengine.engine.photos import Photo, read_photo
+        from geoengine.engine.preprocess import center_square
+
+        try:
+            photo = read_photo(path, limits=self.order.limits)
+        except PhotoError as error:
+            self._fail(error)
+            return None
+        # The engine starts with the same step, which leaves a square alone: waiting photos stay small.
+        return Photo(photo.name, center_square(photo.pixels, engine.bundle.image_size))
+
+    def _search(self, engine: GeoEngine, photos: list[Photo]) -> list[Location]:
+        levels = len(self.order.config.levels)
+        with progress_bar("embedding the photos") as show:
+            return engine.locate(
+                photos,
+                config=self.order.config,
+                progress=lambda index, zoom, done, total: show(
+                    f"level {index + 1} of {levels}, zoom {zoom}", done, total
+                ),
+            )
+
+    def _fail(self, error: GeoEngineError) -> None:
+        complain(str(error))
+        self.failed += 1
+
+
+def parse_levels(text: str) -> tuple[int, ...]:
+    """Return the zooms of "4,6,8", "4-16" (every second one) or a mixture; raises GeoEngineError."""
+    zooms: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            start, end = int(first), int(last if dash else first)
+        except ValueError:
+            raise GeoEngineError(f"--levels takes zooms such as 4,6,8 or 4-16, got {text!r}") from None
+        if end < start or (end - start) % 2:
+            raise GeoEngineError(
+                f"--levels {part}: a range goes up in steps of two, such as 4-16; write other zooms as a list"
+            )
+        if end > 30:
+            raise GeoEngineError(f"--levels {part}: zoom {end} does not exist, the deepest is 30")
+        zooms += range(start, end + 1, 2)
+    return tuple(zooms)
+
+
+def _output(as_json: bool, as_geojson: bool) -> Output:
+    if as_json and as_geojson:
+        raise GeoEngineError("--json and --geojson exclude each other: choose one")
+    return Output.JSON if as_json else Output.GEOJSON if as_geojson else Output.TABLE
+
+
+def _compared(location: Location, path: Path) -> Location:
+    from geoengine.engine.photos import read_gps
+    from geoengine.engine.results import ExifComparison
+    from geoengine.engine.tiles import great_circle_km
+
+    tag = read_gps(path)
+    distance_km = None if tag is None else great_circle_km(location.point, tag)
+    return dataclasses.replace(location, exif=ExifComparison(distance_km=distance_km))
+
+
+def _check_writable(path: Path) -> None:
+    from geoengine.engine.render.files import check_writable
+
+    check_writable(path)
+
+
+def _write_map(path: Path, locations: list[Location], engine: GeoEngine) -> None:
+    from geoengine.engine.render.backdrop import read_backdrops
+    from geoengine.engine.render.files import write_atomically
+    from geoengine.engine.render.html_map import html_map
+
+    with waiting("drawing the map"):
+        try:
+            backdrops = read_backdrops(locations, engine.source)
+        except SourceError as error:
+            complain(f"the map has no pictures: {error}")
+            backdrops = []
+        write_atomically(path, html_map(locations, backdrops=backdrops))
+    complain(f"wrote {path}")

@@ -1,0 +1,99 @@
+"""How every command speaks: results on stdout, everything else on stderr, errors as one plain sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from geoengine.engine.errors import GeoEngineError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Exit(IntEnum):
+    """Exit statuses of the commands."""
+
+    DONE = 0
+    SOME_FAILED = 1
+    FAILED = 2
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+
+
+class PlainGroup(TyperGroup):
+    """Commands that fail with one sentence on stderr and an exit status, not with a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer's signature
+        """Run the command; what it printed has left for stdout when this returns."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except GeoEngineError as error:
+            complain(str(error))
+            raise typer.Exit(Exit.FAILED) from None
+        except KeyboardInterrupt:
+            complain("interrupted")
+            raise typer.Exit(Exit.INTERRUPTED) from None
+        except BrokenPipeError:  # `geoengine … | head`
+            # Python flushes stdout once more at exit, and would complain then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(Exit.BROKEN_PIPE) from None
+        except OSError as error:  # stdout is a file on a full disk
+            complain(f"the results cannot be written ({error.strerror or error})")
+            raise typer.Exit(Exit.FAILED) from None
+        return result
+
+
+def complain(message: str) -> None:
+    """Write one line to stderr."""
+    from geoengine.engine.render.table import printable
+
+    print(f"geoengine: {printable(message)}", file=sys.stderr)
+
+
+def write_result(text: str) -> None:
+    """Write to stdout."""
+    sys.stdout.write(text)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show on stderr, if it is a terminal, that `what` is going on."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with _stderr().status(what):
+        yield
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar on stderr, if it is a terminal, until the block is left.
+
+    Yields a function of (what is being done, steps done, steps in all).
+    """
+    if not sys.stderr.isatty():
+        yield lambda description, done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_stderr(), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda description, done, total: progress.update(
+            task, description=description, completed=done, total=total
+        )
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
