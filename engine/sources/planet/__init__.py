@@ -1,4 +1,4 @@
-"""The built-in planet: a procedural world with its own tiles and photos, for demo, tests and accuracy figures.
+"""The built-in planet: a procedural world with its own tiles and photos, for demo, tests and accuracy.
 
 It is not Earth. Everything is a function of the seed, so it needs no files and no network, and the place of
 every photo is known.
@@ -12,7 +12,6 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import numpy.typing as npt
-
 from geoengine.engine.errors import TileError
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.sources.planet.maps import render_cells
@@ -81,7 +80,7 @@ class PlanetSource:
 
 
 def _draw(world: World, z: int, xy: npt.NDArray[np.int64], size: int) -> UInt8Array:
-    """Draw tiles of any zoom 0 to 18 from cells of the nearest even level from 2 to 16; [n, size, size, 3]."""
+    """Draw tiles of any zoom 0 to 18 from cells of the nearest even level; [n, size, size, 3]."""
     if z > MAX_ZOOM:
         raise TileError(f"the planet has zooms 0 to {MAX_ZOOM}; got {z}")
     level = min(max(z - z % 2, 2), 16)

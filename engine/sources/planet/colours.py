@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-
 from geoengine.engine.sources.planet.noise import Float32Array
 
 Rgb = tuple[float, float, float]
@@ -32,7 +31,7 @@ class ColourCircle:
 
 
 def _wheel(lightness: float, radius: float) -> ColourCircle:
-    """The whole hue circle at one lightness: red, green and blue 120 degrees apart."""
+    """Make the whole hue circle at one lightness: red, green and blue 120 degrees apart."""
     third = math.sqrt(3) / 2
     return ColourCircle(
         (lightness,) * 3,

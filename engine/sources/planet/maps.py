@@ -11,7 +11,6 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import numpy.typing as npt
-
 from geoengine.engine.sources.planet.colours import MAP_BRIGHT, MAP_DARK, MAP_SYMBOL
 from geoengine.engine.sources.planet.names import place_name
 from geoengine.engine.sources.planet.noise import (
@@ -30,7 +29,7 @@ _WARP = 0.055  # of a cell: how far a border between two cells wanders
 _KEY_GROUND, _KEY_WARP_X, _KEY_WARP_Y, _KEY_ROAD, _KEY_TOWN = 21, 22, 23, 24, 25
 _SEA_RGB = np.array([[58, 96, 140], [66, 108, 150], [80, 126, 164], [104, 150, 180]], dtype=np.uint8)
 _SEA_DEPTHS = np.array([-0.35, -0.15, -0.05], dtype=np.float32)
-# Badges of a place and the regions it lies in: (left, top) of up to eight, as shares of the cell; its own first.
+# Badges of a place and the regions it lies in, its own first: (left, top) of up to eight, as cell shares.
 _BADGE_SIZE = (0.205, 0.17)
 _BADGES = tuple((0.045 + 0.235 * column, top) for top in (0.795, 0.035) for column in range(4))
 
@@ -55,7 +54,7 @@ def render_cells(world: World, level: int, xy: Int64Array, size: int) -> UInt8Ar
 
 
 def _ground(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
-    """The mosaic of bright `a` and dark `b`, with the neighbours' colours where the border wanders in."""
+    """Draw the mosaic of bright `a` and dark `b`, with neighbours' colours where a border wanders in."""
     mosaic = _field(world, _KEY_GROUND, level, xy, _GROUND_CELLS, size)
     child = _field(world, _KEY_GROUND, level + 2, xy * 4, _GROUND_CELLS, size, cells=4)
     parent = _parent_field(world, level, xy, size)
@@ -79,7 +78,7 @@ def _ground(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
 
 
 def _legend(world: World, level: int, xy: Int64Array) -> npt.NDArray[np.uint32]:
-    """Colour of every ground class, uint32[n, 200]: (9 cells + 16 children) x (b, a) x 2 shades x 2 stripes."""
+    """Return packed colours, uint32[n, 200], of all ground classes: cell or child, hue, shade, stripe."""
     n = len(xy)
     offset = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="xy"), axis=-1).reshape(
         9, 2
@@ -98,7 +97,7 @@ def _legend(world: World, level: int, xy: Int64Array) -> npt.NDArray[np.uint32]:
 def _field(
     world: World, key: int, level: int, xy: Int64Array, per_cell: int, size: int, *, cells: int = 1
 ) -> Float32Array:
-    """Value noise over windows of `cells` x `cells` cells whose first cells are `xy`; float32[n, size, size]."""
+    """Sample value noise in windows of `cells` x `cells` cells that start at `xy`; float32[n, size, size]."""
     first, matrix = bspline_matrix(0.0, cells * per_cell / size, size)
     taps = first + np.arange(matrix.shape[1])
     columns = (xy[:, 0, None, None] * per_cell + taps) % (per_cell << level)
@@ -109,7 +108,7 @@ def _field(
 
 
 def _parent_field(world: World, level: int, xy: Int64Array, size: int) -> Float32Array:
-    """The parent's mosaic field inside each cell, a quarter of its width and height; float32[n, size, size]."""
+    """Sample the parent's mosaic field inside each cell; float32[n, size, size]."""
     first, matrix = bspline_matrix(0.0, _GROUND_CELLS / 4 / size, size)
     taps = first + np.arange(matrix.shape[1])
     columns = (xy[:, 0, None, None] + taps) % (_GROUND_CELLS << (level - 2))
@@ -133,7 +132,7 @@ def _pixel_tables(
 
 
 def _draw_roads(world: World, level: int, x: int, y: int, symbol: Float32Array, picture: UInt8Array) -> None:
-    """The cell's own two roads, in the parent's colours, over thinner roads of the parent that pass through."""
+    """Draw the cell's two roads in its parent's colours, over the parent's roads where they pass through."""
     size = picture.shape[0]
     if level >= 4:
         shift = np.array([x & 3, y & 3])

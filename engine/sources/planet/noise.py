@@ -32,7 +32,7 @@ def hash_unit(*keys: int | npt.NDArray[np.integer]) -> Float32Array:
 
 
 def bspline_weights(fraction: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """The four uniform cubic B-spline weights at `fraction` in [0, 1), as `[..., 4]`; they sum to one."""
+    """Return the uniform cubic B-spline weights, `[..., 4]`, at `fraction` in [0, 1); they sum to one."""
     t = fraction[..., None]
     u = 1.0 - t
     parts = (u**3, 3 * t**3 - 6 * t**2 + 4, 3 * u**3 - 6 * u**2 + 4, t**3)

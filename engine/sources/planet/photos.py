@@ -1,8 +1,8 @@
-"""Ground-level photos of the planet: a scene whose things take their colours from the place at every scale.
+"""Ground-level photos of the planet: scenes whose things take their colours from the place at every scale.
 
-From far to near: mountains and hills show level 6, trees and soil 4, a flag 2, the field 10, the house 12, the
-shop 14, the van 8 and the sign 16. Light, weather, positions, sizes, texture and blur are chance, and some
-photos lack one of the things.
+From far to near: mountains and hills show level 6, trees and soil 4, a flag 2, the field 10, the house 12,
+the shop 14, the van 8 and the sign 16. Light, weather, positions, sizes, texture and blur are chance, and
+some photos lack one of the things.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import numpy.typing as npt
-
 from geoengine.engine.sources.planet import colours
 from geoengine.engine.sources.planet.colours import ColourCircle
 from geoengine.engine.sources.planet.names import place_name
@@ -23,15 +22,14 @@ Colour = list[float]
 Points = list[tuple[float, float]]
 
 MISSING_SHARE = 0.35  # of the photos lack one of the things below
-_OPTIONAL = ("flag", "trees", "crops", "house", "shop", "van", "sign")
-_HUES_OF = {"flag": 2, "trees": 4, "van": 8, "crops": 10, "house": 12, "shop": 14, "sign": 16}
+_LEVEL_OF = {"flag": 2, "trees": 4, "van": 8, "crops": 10, "house": 12, "shop": 14, "sign": 16}
 _GLASS: Colour = [58, 68, 82]
 _DARK: Colour = [52, 48, 46]
 
 
 @dataclass(slots=True)
 class _Canvas:
-    """A picture with the unit square in its middle, which is what CLIP's centre crop keeps; y grows downwards."""
+    """A picture with the unit square in its middle, which is what a centre crop keeps; y grows downwards."""
 
     pixels: UInt8Array
     rng: np.random.Generator
@@ -42,7 +40,7 @@ class _Canvas:
 
     @property
     def left(self) -> float:
-        """x of the left border; the right one is at `1 - left`."""
+        """Left border in units of the square; the right one is at `1 - left`."""
         return (1 - self.pixels.shape[1] / self.side) / 2
 
     def polygon(self, points: Points, colour: Colour) -> None:
@@ -74,7 +72,7 @@ def render_photo(world: World, x: int, y: int, seed: int, height: int = 480) -> 
     arguments give equal pixels.
     """
     rng = np.random.default_rng([world.seed, x, y, seed])
-    missing = str(rng.choice(_OPTIONAL)) if rng.random() < MISSING_SHARE else None
+    missing = str(rng.choice(list(_LEVEL_OF))) if rng.random() < MISSING_SHARE else None
     hues = world.ancestor_hues(16, np.array([[x, y]]))[0]
     hue = dict(zip(ATTRIBUTE_LEVELS, hues.tolist(), strict=True))
     canvas = _Canvas(np.empty((height, height * 4 // 3, 3), dtype=np.uint8), rng)
@@ -98,12 +96,12 @@ def render_photo(world: World, x: int, y: int, seed: int, height: int = 480) -> 
     return _develop(canvas.pixels, rng), missing
 
 
-def unseen_level(missing: str | None) -> tuple[int, int] | None:
-    """Which (level, hue) no longer shows: both hues of the thing's level, but soil stays when trees lack.
-
-    Returns None when all things are there, else (level, number of unseen hues).
-    """
-    return None if missing is None else (_HUES_OF[missing], 1 if missing == "trees" else 2)
+def unseen_hues(missing: str | None) -> list[tuple[int, int]]:
+    """Return the (level, 0 for `a` or 1 for `b`) of each hue that a photo lacking a thing does not show."""
+    if missing is None:
+        return []
+    hues = (0,) if missing == "trees" else (0, 1)  # the soil still shows `b`
+    return [(_LEVEL_OF[missing], hue) for hue in hues]
 
 
 def _pair(first: ColourCircle, second: ColourCircle, hues: list[float]) -> tuple[Colour, Colour]:
@@ -115,7 +113,7 @@ def _shade(colour: Colour, factor: float) -> Colour:
 
 
 def _sky(canvas: _Canvas) -> None:
-    height, width = canvas.pixels.shape[:2]
+    height = canvas.pixels.shape[0]
     grey = canvas.rng.uniform(0, 0.7)
     high = np.array([96, 148, 212]) * (1 - grey) + np.array([158, 166, 178]) * grey
     low = np.array([200, 218, 236]) * (1 - grey) + np.array([206, 208, 212]) * grey

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
 from geoengine.engine.sources.planet.noise import (
     Float32Array,
     Int64Array,
@@ -84,7 +83,7 @@ class World:
         return total
 
     def elevation_grid(self, zoom: int, x: int, y: int, size: int) -> Float32Array:
-        """Height at the pixel centres of a tile, float32[size, size]; octaves finer than two pixels are left out."""
+        """Height at a tile's pixel centres, float32[size, size]; octaves under two pixels are left out."""
         total = np.full((size, size), -_SEA_LEVEL, dtype=np.float32)
         for octave in _OCTAVES:
             if octave - zoom > math.log2(size) - 1:

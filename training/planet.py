@@ -1,0 +1,235 @@
+"""Train the planet's encoders: one photo encoder, seven map encoders, one shared trunk.
+
+`python -m geoengine.training.planet --out training/weights/planet` reproduces the weights in the repository;
+`log.csv` beside them holds the figures of that run. First one ViT learns to caption photos and tiles alike
+(`pretrain`). It is the photo encoder from then on, frozen. The map encoders are fine-tuned from it in the
+paper's order, zoom 16 first and each next one from the one before: trunk frozen and its tokens computed once,
+projection fitted in closed form, last two blocks trained contrastively with siblings as negatives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from geoengine.engine.tiles import LEVELS
+from geoengine.export.encoders import PHOTO, VisionConfig, map_encoder, save_encoder_folder
+from geoengine.training import planet_data as data
+from geoengine.training.contrastive import (
+    FineTuneConfig,
+    FineTuneResult,
+    PairSet,
+    encode_in_batches,
+    fine_tune,
+    fit_projection,
+)
+from geoengine.training.pretrain import Log, PretrainConfig, caption_projection, normalise, pretrain
+from geoengine.training.towers import trunk_tokens
+from torch import nn
+
+VISION = VisionConfig(
+    image_size=112,
+    patch_size=16,
+    width=128,
+    layers=4,
+    heads=4,
+    mlp_ratio=4.0,
+    output_dim=128,
+    quick_gelu=False,
+)
+TRUNK_LAYERS = 2
+MEAN = np.full(3, 0.5, dtype=np.float32)
+STD = np.full(3, 0.25, dtype=np.float32)
+_CLUSTER = 16
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanetTrainingConfig:
+    """How much to render and how long to train; the defaults made the weights in the repository."""
+
+    places: int = 24_000
+    tiles_per_level: int = 8_000
+    pair_places: int = 10_000
+    validation_places: int = 1_000
+    workers: int = 2
+    threads: int = 1
+    seed: int = 1
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
+
+
+def train_planet(out: Path, config: PlanetTrainingConfig, log: Log) -> None:
+    """Render, train and write the planet's encoders to the folder `out` (see `export.encoders`)."""
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
+    rng = np.random.default_rng(config.seed)
+    places = np.concatenate(
+        [data.land_places(rng, config.places // 2), data.clustered_places(rng, config.places // 2)]
+    )
+    photos = data.render_photos(places, config.seed, config.workers)
+    tower = VISION.build().train()
+    tiles = _pretraining_tiles(rng, places, config)
+    projection = caption_projection(config.seed, VISION.output_dim)
+    pretrain(tower, photos, tiles, projection, (MEAN, STD), config.pretrain, log)
+    heads, scales = fine_tune_levels(tower.eval(), places, photos, config, log)
+    save_encoder_folder(
+        out,
+        vision=VISION,
+        trunk=tower.state_dict(),
+        heads=heads,
+        trunk_layers=TRUNK_LAYERS,
+        mean=MEAN.tolist(),
+        std=STD.tolist(),
+        logit_scale=scales,
+    )
+
+
+def fine_tune_levels(
+    tower: nn.Module, places: Int64Array, photos: data.Pictures, config: PlanetTrainingConfig, log: Log
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, float]]:
+    """Fine-tune a map encoder per level from the photo encoder; returns state dicts and logit scales."""
+    rng = np.random.default_rng(config.seed + 1)
+    # The last places are the clusters whose members the levels must tell apart, the first are far apart.
+    chosen = np.concatenate(
+        [np.arange(config.pair_places // 2), np.arange(len(places) - config.pair_places // 2, len(places))]
+    )
+    embeddings = F.normalize(embed_photos(tower, photos.pixels[chosen]), dim=1)
+    held_out = data.land_places(rng, config.validation_places)
+    held_out_photos = data.render_photos(held_out, config.seed + len(places), config.workers)
+    held_out_embeddings = F.normalize(embed_photos(tower, held_out_photos.pixels), dim=1)
+    heads, scales = {PHOTO: tower.state_dict()}, {}
+    current = copy.deepcopy(tower)
+    for level in reversed(LEVELS):
+        started = time.perf_counter()
+        pairs, extra = _pairs(tower, level, places[chosen], embeddings, rng, config)
+        fit_projection(current, pairs, TRUNK_LAYERS, config.fine_tune.ridge)
+        validation, _ = _pairs(tower, level, held_out, held_out_embeddings, rng, config)
+        before = recall_at_1(current, validation)
+        result = fine_tune(current, pairs, _batches(rng, pairs, extra), TRUNK_LAYERS, config.fine_tune)
+        _report(log, level, result, before, recall_at_1(current, validation), started)
+        heads[map_encoder(level)] = copy.deepcopy(current.state_dict())
+        scales[map_encoder(level)] = result.logit_scale
+    return heads, scales
+
+
+def recall_at_1(tower: nn.Module, pairs: PairSet) -> float:
+    """Share of photos whose own tile is the most similar of all tiles of the set."""
+    features = encode_in_batches(tower, pairs.tokens, TRUNK_LAYERS)
+    with torch.no_grad():
+        tiles = F.normalize(features @ tower.proj, dim=1)
+    best = (pairs.photos @ tiles.T).argmax(1)
+    return float((best == pairs.tile_of).float().mean())
+
+
+def embed_photos(tower: nn.Module, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """Embed uint8[n, S, S, 3] pictures with the whole tower; float32[n, d], not normalised."""
+    with torch.inference_mode():
+        parts = [tower(normalise(pixels[i : i + 256], MEAN, STD)) for i in range(0, len(pixels), 256)]
+    return torch.cat(parts).clone()
+
+
+def _pretraining_tiles(
+    rng: np.random.Generator, places: Int64Array, config: PlanetTrainingConfig
+) -> data.Pictures:
+    """Tiles of all levels, most on land, one tenth anywhere."""
+    parts = []
+    for level in LEVELS:
+        anywhere = rng.integers(0, 1 << level, (config.tiles_per_level // 10, 2))
+        xy = np.unique(np.concatenate([places >> (16 - level), anywhere]), axis=0)
+        xy = xy[rng.permutation(len(xy))[: config.tiles_per_level]]
+        parts.append(data.render_tiles(level, xy, config.workers))
+    return data.Pictures(
+        np.concatenate([part.pixels for part in parts]), np.concatenate([part.captions for part in parts])
+    )
+
+
+def _pairs(
+    tower: nn.Module,
+    level: int,
+    places: Int64Array,
+    photo_embeddings: torch.Tensor,
+    rng: np.random.Generator,
+    config: PlanetTrainingConfig,
+) -> tuple[PairSet, Int64Array]:
+    """Return photos with their tiles' trunk tokens, and the rows of further tiles: siblings and the sea."""
+    own = places >> (16 - level)
+    siblings = (own[rng.permutation(len(own))[: len(own) // 3]] & ~np.int64(3)) + rng.integers(
+        0, 4, (len(own) // 3, 2)
+    )
+    anywhere = rng.integers(0, 1 << level, (len(own) // 20, 2))
+    xy, row = np.unique(np.concatenate([own, siblings, anywhere]), axis=0, return_inverse=True)
+    row = row.reshape(-1)
+    pixels = data.render_tiles(level, xy, config.workers).pixels
+    with torch.inference_mode():
+        tokens = torch.cat(
+            [
+                trunk_tokens(tower, normalise(pixels[i : i + 256], MEAN, STD), TRUNK_LAYERS).half()
+                for i in range(0, len(pixels), 256)
+            ]
+        ).clone()
+    pairs = PairSet(photo_embeddings, tokens, torch.from_numpy(row[: len(own)].copy()))
+    return pairs, np.unique(row[len(own) :])
+
+
+def _batches(
+    rng: np.random.Generator, pairs: PairSet, extra: Int64Array
+) -> Iterator[tuple[Int64Array, Int64Array]]:
+    """Half of a batch far apart, half in clusters, and negatives without a photo."""
+    half = len(pairs.photos) // 2
+    while True:
+        clusters = half + rng.integers(0, half // _CLUSTER, 6)[:, None] * _CLUSTER + np.arange(_CLUSTER)
+        rows = np.concatenate([rng.integers(0, half, 96), clusters.reshape(-1)])
+        yield rows, rng.choice(extra, 64)
+
+
+def _report(
+    log: Log, level: int, result: FineTuneResult, before: float, after: float, started: float
+) -> None:
+    figures = {"recall_before": before, "recall_after": after, "seconds": time.perf_counter() - started}
+    log({"stage": map_encoder(level), **asdict(result), **figures})
+
+
+class CsvLog:
+    """Writes entries to a CSV file as they come, and prints them."""
+
+    COLUMNS = (
+        "stage", "step", "photo_error", "tile_error", "first_loss", "last_loss",
+        "logit_scale", "recall_before", "recall_after", "seconds",
+    )  # fmt: skip
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, self.COLUMNS)
+        self._writer.writeheader()
+
+    def __call__(self, entry: dict[str, float | str]) -> None:
+        """Write one entry; numbers keep four significant digits."""
+        short = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in entry.items()}
+        self._writer.writerow(short)
+        self._file.flush()
+        print(", ".join(f"{key} {value}" for key, value in short.items()), flush=True)
+
+
+def main() -> None:
+    """Run the training from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("training/weights/planet"))
+    out: Path = parser.parse_args().out
+    log = CsvLog(out.with_name(f"{out.name}-log.csv"))
+    train_planet(out, PlanetTrainingConfig(), log)
+
+
+if __name__ == "__main__":
+    main()
