@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from geoengine.engine.bundle import PHOTO, encoder_name
 from geoengine.engine.errors import ExportError
 from geoengine.export.weights import State, fit, read_state
 from torch import nn
 
-PHOTO = "photo"
 DEFAULT_LOGIT_SCALE = 100.0  # CLIP's own, trained up to its bound
 _FOLDER_CONFIG = "encoders.json"
-
-
-def map_encoder(level: int) -> str:
-    """Return the name of the map encoder of zoom `level`, such as "z04"."""
-    return f"z{level:02d}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,12 +95,26 @@ class EncoderSet:
     logit_scale: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        expected = [PHOTO, *map(map_encoder, self.levels)]
+        expected = [PHOTO, *map(encoder_name, self.levels)]
         if list(self.towers) != expected:
             raise ExportError(f"encoders must be {', '.join(expected)}; got {', '.join(self.towers)}")
         missing = [name for name in expected[1:] if name not in self.logit_scale]
         if missing:
             raise ExportError(f"no logit scale for {', '.join(missing)}")
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the square pictures that the towers take."""
+        return int(self._tower.image_size[0])
+
+    @property
+    def embed_dim(self) -> int:
+        """The length of an embedding."""
+        return int(self._tower.output_dim)
+
+    @property
+    def _tower(self) -> Any:  # noqa: ANN401  # open_clip is untyped
+        return self.towers[PHOTO]
 
 
 def block_of(name: str) -> int | None:
@@ -184,7 +193,7 @@ def save_encoder_folder(
     if target.exists() and not (target / _FOLDER_CONFIG).exists() and any(target.iterdir()):
         raise ExportError(f"{target} exists and is not a folder of encoders; name another folder")
     levels = sorted(int(name[1:]) for name in heads if name != PHOTO)
-    names = [PHOTO, *map(map_encoder, levels)]
+    names = [PHOTO, *map(encoder_name, levels)]
     if set(names) != set(heads) or not levels:
         raise ExportError(f"heads must be named photo and z04 to z16, got {', '.join(sorted(heads))}")
     reference = vision.reference()
@@ -249,10 +258,11 @@ def _to_half(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return half
 
 
-def load_encoder_folder(path: str | os.PathLike[str]) -> EncoderSet:
+def load_encoder_folder(path: str | os.PathLike[str], *, levels: tuple[int, ...] | None = None) -> EncoderSet:
     """Load what `save_encoder_folder` wrote, as float32 towers that share the trunk's tensors.
 
-    Raises ExportError for a missing or damaged file, and for tensors whose shapes do not fit.
+    `levels` chooses some of the folder's levels. Raises ExportError for a missing or damaged
+    file, and for tensors whose shapes do not fit.
     """
     folder = Path(path)
     config = _read_config(folder)
@@ -260,7 +270,8 @@ def load_encoder_folder(path: str | os.PathLike[str]) -> EncoderSet:
     trunk_layers, reference = config["trunk_layers"], vision.reference()
     if not 0 <= trunk_layers < vision.layers:
         raise ExportError(f"{folder}: trunk_layers must be in [0, {vision.layers}), got {trunk_layers}")
-    names = [PHOTO, *map(map_encoder, config["levels"])]
+    config["levels"] = config["levels"] if levels is None else levels
+    names = [PHOTO, *map(encoder_name, config["levels"])]
     missing = [name for name in names if not (folder / f"head_{name}.safetensors").is_file()]
     if missing:
         raise ExportError(f"{folder} has no head for {', '.join(missing)}")

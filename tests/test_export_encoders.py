@@ -149,7 +149,7 @@ def test_torch_files_of_tensors_are_unwrapped(tmp_path):
     torch.save({"epoch": 3, "state_dict": {"module.proj": torch.ones(2)}}, tmp_path / "a.pt")
     assert list(weights.read_state(tmp_path / "a.pt")) == ["proj"]
     (tmp_path / "b.pt").write_bytes(b"not a file")
-    with pytest.raises(ExportError, match="not a readable PyTorch|refused"):
+    with pytest.raises(ExportError, match=r"not a readable PyTorch|refused"):
         weights.read_state(tmp_path / "b.pt")
     with pytest.raises(ExportError, match="does not exist"):
         weights.read_state(tmp_path / "c.pt")
