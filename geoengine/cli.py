@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from geoengine.commands import doctor, evaluate, locate
+from geoengine.commands import build_engines, doctor, evaluate, locate
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Find where on Earth a photograph was taken: a hierarchical search over map tiles.",
 )
 app.command()(locate.locate)
+app.command()(build_engines.build_engines)
 app.command()(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")
 

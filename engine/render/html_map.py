@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import PurePath
 from typing import Any
 
 from geoengine.engine.render.backdrop import Backdrop
@@ -17,14 +18,14 @@ from geoengine.engine.results import Location
 def html_map(locations: Sequence[Location], *, backdrops: Sequence[Backdrop] = ()) -> str:
     """Return the page's text, which needs no other file and no network to be shown.
 
-    Per photo it holds the object that `json_object` makes, not the photo itself. `backdrops` are the map
-    pictures of `read_backdrops`; without them the page shows lines of latitude and longitude only. Raises
-    ValueError when there is no location.
+    Per photo it holds the object that `json_object` makes, with the file's name instead of its path, and not
+    the photo itself. `backdrops` are the map pictures of `read_backdrops`; without them the page shows lines
+    of latitude and longitude only. Raises ValueError when there is no location.
     """
     if not locations:
         raise ValueError("a map needs at least one located photo")
     data = {
-        "photos": [json_object(location) for location in locations],
+        "photos": [_photo(location) for location in locations],
         "images": [_image(backdrop) for backdrop in backdrops],
     }
     parts = {
@@ -38,6 +39,11 @@ def html_map(locations: Sequence[Location], *, backdrops: Sequence[Backdrop] = (
 
 def _asset(name: str) -> str:
     return resources.files("geoengine.engine").joinpath("data", "map", name).read_text("utf-8")
+
+
+def _photo(location: Location) -> dict[str, Any]:
+    # Pages are passed on, and folders are named after people.
+    return json_object(location) | {"photo": PurePath(location.photo).name}
 
 
 def _image(backdrop: Backdrop) -> dict[str, Any]:

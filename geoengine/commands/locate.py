@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from geoengine.commands.levels import parse_levels
 from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
 from geoengine.engine.errors import GeoEngineError, PhotoError, SourceError
 
@@ -235,25 +236,6 @@ class Session:
     def _fail(self, error: GeoEngineError) -> None:
         complain(str(error))
         self.failed += 1
-
-
-def parse_levels(text: str) -> tuple[int, ...]:
-    """Return the zooms of "4,6,8", "4-16" (every second one) or a mixture; raises GeoEngineError."""
-    zooms: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        try:
-            start, end = int(first), int(last if dash else first)
-        except ValueError:
-            raise GeoEngineError(f"--levels takes zooms such as 4,6,8 or 4-16, got {text!r}") from None
-        if end < start or (end - start) % 2:
-            raise GeoEngineError(
-                f"--levels {part}: a range goes up in steps of two, such as 4-16; write other zooms as a list"
-            )
-        if end > 30:
-            raise GeoEngineError(f"--levels {part}: zoom {end} does not exist, the deepest is 30")
-        zooms += range(start, end + 1, 2)
-    return tuple(zooms)
 
 
 def _output(as_json: bool, as_geojson: bool) -> Output:

@@ -75,10 +75,10 @@ def waiting(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
     """Show a progress bar on stderr, if it is a terminal, until the block is left.
 
-    Yields a function of (what is being done, steps done, steps in all).
+    Yields a function of (what is being done, steps done, steps in all or None when that is not known).
     """
     if not sys.stderr.isatty():
         yield lambda description, done, total: None

@@ -1,0 +1,93 @@
+"""`geoengine build-engines`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from geoengine.commands.levels import parse_levels
+from geoengine.commands.terminal import complain, progress_bar, write_result
+
+if TYPE_CHECKING:
+    from geoengine.export.build import BuildReport
+
+
+def build_engines(
+    model: Annotated[str, typer.Option(help="CLIP model, as open_clip names it.")] = "ViT-B-32-quickgelu",
+    pretrained: Annotated[
+        str, typer.Option(help="Weights: a tag of open_clip, a file, or none for random ones.")
+    ] = "openai",
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Folder of fine-tuned map encoders.", metavar="DIR")
+    ] = None,
+    encoders: Annotated[
+        Path | None, typer.Option(help="Folder of encoders that the trainer wrote.", metavar="DIR")
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="Zooms with a map encoder. Default: all.")] = None,
+    precision: Annotated[str, typer.Option(help="Precision of the graphs.")] = "fp32",
+    out: Annotated[Path, typer.Option(help="Folder of the bundle.", metavar="DIR")] = Path("engines"),
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Build nothing: check the bundle in --out.")
+    ] = False,
+) -> None:
+    """Export CLIP encoders into an engine bundle, and check that it agrees with PyTorch.
+
+    Needs the export extra: pip install 'geoengine[export]'. An existing bundle is replaced only after the new
+    one has passed every check.
+    """
+    from geoengine.export.build import BuildConfig, build_engines, verify_bundle
+
+    with progress_bar("starting") as show:
+
+        def progress(done: int, total: int, following: str) -> None:
+            show(following, done, total or None)
+
+        if verify:
+            report = verify_bundle(out, progress)
+        else:
+            config = BuildConfig(
+                model=model,
+                pretrained=pretrained,
+                checkpoints=checkpoints,
+                encoder_folder=encoders,
+                levels=None if levels is None else parse_levels(levels),
+                precision=precision,
+                out=out,
+            )
+            report = build_engines(config, progress)
+    write_result(report_table(report))
+    if report.random:
+        complain("the weights are random: this bundle is good for measuring speed, and for nothing else")
+
+
+def report_table(report: BuildReport) -> str:
+    """Return what was built or verified as a table for a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    from geoengine.engine.render.table import printable, text_of
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    title = (
+        f"{printable(str(report.path))}: {report.model}/{report.pretrained}, world {report.world}, "
+        f"{report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("file", no_wrap=True)
+    for heading in ("precision", "min cosine", "mean cosine", "images/s", "MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report.rows:
+        table.add_row(
+            printable(row.artifact),
+            row.precision,
+            number(row.min_cosine, ".6f"),
+            number(row.mean_cosine, ".6f"),
+            number(row.images_per_second, ".1f"),
+            f"{row.bytes / 1e6:.2f}",
+        )
+    return text_of([table], sys.stdout)
