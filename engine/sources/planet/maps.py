@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from geoengine.engine.sources.planet.colours import MAP_BRIGHT, MAP_DARK, MAP_SYMBOL
-from geoengine.engine.sources.planet.names import place_name
+from geoengine.engine.sources.planet.names import place_names
 from geoengine.engine.sources.planet.noise import (
     Float32Array,
     Int64Array,
@@ -23,6 +23,7 @@ from geoengine.engine.sources.planet.noise import (
 from geoengine.engine.sources.planet.world import World
 
 UInt8Array = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float64]
 
 _GROUND_CELLS = 4  # lattice cells of the ground mosaic per map cell
 _WARP = 0.055  # of a cell: how far a border between two cells wanders
@@ -38,19 +39,30 @@ def render_cells(world: World, level: int, xy: Int64Array, size: int) -> UInt8Ar
     """Draw the cells `xy` (int64[n, 2]) of an even `level` from 2 to 16, as RGB uint8[n, size, size, 3]."""
     kind = world.land_kind(level, xy)
     pictures = _ground(world, level, xy, size)
-    hues = world.ancestor_hues(level, xy)
-    symbol = MAP_SYMBOL.rgb(hues)  # (n, levels, 2, 3)
+    symbol = MAP_SYMBOL.rgb(world.ancestor_hues(level, xy))  # (n, levels, 2, 3)
+    towns, roads = _towns(world, level, xy), _roads(world, level, xy)
+    names = place_names(world.seed, level, xy)
+    highways = _roads(world, level - 2, xy >> 2) * 4 - (xy & 3)[:, None, None] if level >= 4 else roads[:, :0]
     for i, (x, y) in enumerate(xy.tolist()):
+        picture, colours = pictures[i], symbol[i]
         sea = None if kind[i] == 1 else world.elevation_grid(level, x, y, size)
         if sea is not None and not (sea > 0).any():
-            pictures[i] = _SEA_RGB[np.digitize(sea, _SEA_DEPTHS)]
+            picture[:] = _SEA_RGB[np.digitize(sea, _SEA_DEPTHS)]
+            _add_grain(picture)
             continue
-        _draw_roads(world, level, x, y, symbol[i], pictures[i])
+        _draw_roads(picture, highways[i], _up(colours, 2), max(1, size // 48))
+        _draw_roads(picture, roads[i], _up(colours, 1), max(1, round(size * 0.055)))
         if sea is not None:
             water = sea <= 0
-            pictures[i][water] = _SEA_RGB[np.digitize(sea[water], _SEA_DEPTHS)]
-        _draw_symbols(world, level, x, y, symbol[i], pictures[i])
-    return _grain(pictures)
+            picture[water] = _SEA_RGB[np.digitize(sea[water], _SEA_DEPTHS)]
+        _draw_symbols(picture, towns[i] * size, colours, names[i])
+        _add_grain(picture)
+    return pictures
+
+
+def _up(colours: Float32Array, levels: int) -> Float32Array:
+    """Return the two colours, float32[2, 3], of the ancestor `levels` levels up, or of the topmost."""
+    return colours[max(0, len(colours) - 1 - levels)]
 
 
 def _ground(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
@@ -62,23 +74,22 @@ def _ground(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
     warp_y = _field(world, _KEY_WARP_Y, level, xy, _GROUND_CELLS, size) * _WARP
     centres, bump, child_cell, stripes = _pixel_tables(size)
     across, down = warp_x + centres, warp_y + centres[:, None]
-    column = 1 + (across >= 1).astype(np.int32) - (across < 0)
-    row = 1 + (down >= 1).astype(np.int32) - (down < 0)
-    index = (row * 3 + column) * 2 + (mosaic > 0)
-    grown = np.abs(child) * bump > 0.34
-    inside = index // 2 == 4
-    index = np.where(grown & inside, 18 + child_cell * 2 + (child > 0), index)
-    index += 50 * (parent > 0)
+    index = 18 + child_cell * 2 + (child > 0)
+    unlike = (np.abs(child) * bump <= 0.34) | (across >= 1) | (across < 0) | (down >= 1) | (down < 0)
+    column = 1 + (across >= 1).view(np.int8) - (across < 0).view(np.int8)
+    row = 1 + (down >= 1).view(np.int8) - (down < 0).view(np.int8)
+    np.copyto(index, ((row * 3 + column) * 2 + (mosaic > 0)).view(np.uint8), where=unlike)
+    index += (parent > 0) * np.uint8(50)
     if level >= 12:
-        index += 100 * (stripes & (mosaic > 0))
-    table = _legend(world, level, xy)  # (n, 200) packed RGBA
-    packed = np.take_along_axis(table, index.reshape(len(xy), -1), axis=1)
-    rgba = packed.view(np.uint8).reshape(len(xy), size, size, 4)
-    return np.ascontiguousarray(rgba[..., :3])
+        index += (stripes & (mosaic > 0)) * np.uint8(100)
+    pictures = np.empty((len(xy), size, size, 3), dtype=np.uint8)
+    for classes, legend, picture in zip(index, _legend(world, level, xy), pictures, strict=True):
+        cv2.LUT(cv2.cvtColor(classes, cv2.COLOR_GRAY2RGB), legend, picture)
+    return pictures
 
 
-def _legend(world: World, level: int, xy: Int64Array) -> npt.NDArray[np.uint32]:
-    """Return packed colours, uint32[n, 200], of all ground classes: cell or child, hue, shade, stripe."""
+def _legend(world: World, level: int, xy: Int64Array) -> UInt8Array:
+    """Return the colours of all ground classes, uint8[n, 1, 256, 3]: by stripe, shade, cell or child, hue."""
     n = len(xy)
     offset = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="xy"), axis=-1).reshape(
         9, 2
@@ -89,9 +100,9 @@ def _legend(world: World, level: int, xy: Int64Array) -> npt.NDArray[np.uint32]:
     hues = np.concatenate([around, children], axis=1)  # (n, 25, 2)
     colour = np.stack([MAP_DARK.rgb(hues[..., 1]), MAP_BRIGHT.rgb(hues[..., 0])], axis=2).reshape(n, 50, 3)
     shades = [colour * factor for factor in (0.95, 1.03, 0.87, 0.95)]
-    rgba = np.full((n, 200, 4), 255, dtype=np.uint8)
-    rgba[..., :3] = np.clip(np.concatenate(shades, axis=1), 0, 255)
-    return rgba.view(np.uint32)[..., 0]
+    legend = np.zeros((n, 1, 256, 3), dtype=np.uint8)
+    legend[:, 0, :200] = np.clip(np.concatenate(shades, axis=1), 0, 255)
+    return legend
 
 
 def _field(
@@ -122,71 +133,57 @@ def _parent_field(world: World, level: int, xy: Int64Array, size: int) -> Float3
 @lru_cache(maxsize=8)
 def _pixel_tables(
     size: int,
-) -> tuple[Float32Array, Float32Array, npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+) -> tuple[Float32Array, Float32Array, UInt8Array, npt.NDArray[np.bool_]]:
     """Pixel centres in cell units, the window that keeps blobs inside child cells, child numbers, stripes."""
     centres = ((np.arange(size) + 0.5) / size).astype(np.float32)
     edge = np.clip(np.sin(np.pi * (centres * 4 % 1)) * 1.6, 0, 1)
-    child = (centres * 4).astype(np.int32)
+    child = (centres * 4).astype(np.uint8)
     diagonal = (centres + centres[:, None]) * 14 % 1
     return centres, np.outer(edge, edge), child[:, None] * 4 + child, diagonal < 0.4
 
 
-def _draw_roads(world: World, level: int, x: int, y: int, symbol: Float32Array, picture: UInt8Array) -> None:
-    """Draw the cell's two roads in its parent's colours, over the parent's roads where they pass through."""
-    size = picture.shape[0]
-    if level >= 4:
-        shift = np.array([x & 3, y & 3])
-        for road, colour in zip(
-            _roads(world, level - 2, x >> 2, y >> 2), symbol[max(0, len(symbol) - 3)], strict=True
-        ):
-            _line(picture, road * 4 - shift, colour, max(1, size // 48))
-    for road, colour in zip(_roads(world, level, x, y), symbol[max(0, len(symbol) - 2)], strict=True):
-        _line(picture, road, colour, max(1, round(size * 0.055)))
+def _draw_roads(picture: UInt8Array, roads: FloatArray, colours: Float32Array, width: int) -> None:
+    """Draw a west-east and a north-south road, float64[2, 3, 2] in cell units, in two colours."""
+    for road, colour in zip(roads, colours.tolist(), strict=False):
+        fixed = np.round(road * picture.shape[0] * 16 - 8).astype(np.int32)[None]
+        cv2.polylines(picture, fixed, False, (52, 48, 50), width + 2, cv2.LINE_AA, 4)
+        cv2.polylines(picture, fixed, False, colour, width, cv2.LINE_AA, 4)
 
 
-def _line(picture: UInt8Array, points: npt.NDArray[np.float64], colour: Float32Array, width: int) -> None:
-    fixed = np.round(points * picture.shape[0] * 16 - 8).astype(np.int32)[None]
-    cv2.polylines(picture, fixed, False, (52, 48, 50), width + 2, cv2.LINE_AA, 4)
-    cv2.polylines(picture, fixed, False, colour.tolist(), width, cv2.LINE_AA, 4)
+def _towns(world: World, level: int, xy: Int64Array) -> FloatArray:
+    """Return where the towns of cells stand, float64[n, 2] in cell units."""
+    hashed = hash_unit(world.seed, _KEY_TOWN, level, xy[:, :1], xy[:, 1:], np.arange(2))
+    return 0.46 + 0.08 * hashed.astype(np.float64)
 
 
-def _town(world: World, level: int, x: int, y: int) -> npt.NDArray[np.float64]:
-    """Where the town of a cell stands, in cell units."""
-    return 0.46 + 0.08 * hash_unit(world.seed, _KEY_TOWN, level, x, y, np.arange(2)).astype(np.float64)
+def _roads(world: World, level: int, xy: Int64Array) -> FloatArray:
+    """Return the west-east and the north-south road of cells, float64[n, 2, 3, 2] in cell units.
 
-
-def _roads(world: World, level: int, x: int, y: int) -> list[npt.NDArray[np.float64]]:
-    """West-east and north-south road of a cell through its town, in cell units, float64[3, 2] each.
-
-    Roads cross an edge where the hash of that edge says, so they meet the neighbours' roads.
+    Roads lead from edge to edge through the town. They cross an edge where the hash of that edge says, and so
+    meet the neighbours' roads.
     """
-    size = 1 << level
-    town = _town(world, level, x, y)
-    columns, rows = np.array([x, x + 1]) % size, np.array([y, y + 1])
-    west_east = 0.4 + 0.2 * hash_unit(world.seed, _KEY_ROAD, level, 0, columns, y)
-    north_south = 0.4 + 0.2 * hash_unit(world.seed, _KEY_ROAD, level, 1, x, rows)
-    return [
-        np.array([[0, west_east[0]], town, [1, west_east[1]]]),
-        np.array([[north_south[0], 0], town, [north_south[1], 1]]),
-    ]
+    x, y, ends = xy[:, :1], xy[:, 1:], np.arange(2)
+    roads = np.empty((len(xy), 2, 3, 2))
+    roads[:, :, 1] = _towns(world, level, xy)[:, None]
+    roads[:, 0, ::2, 0] = roads[:, 1, ::2, 1] = ends
+    roads[:, 0, ::2, 1] = 0.4 + 0.2 * hash_unit(world.seed, _KEY_ROAD, level, 0, (x + ends) % (1 << level), y)
+    roads[:, 1, ::2, 0] = 0.4 + 0.2 * hash_unit(world.seed, _KEY_ROAD, level, 1, x, y + ends)
+    return roads
 
 
-def _draw_symbols(
-    world: World, level: int, x: int, y: int, symbol: Float32Array, picture: UInt8Array
-) -> None:
-    """Town ring in the grandparent's colours, a badge for the place and each ancestor, and its name."""
+def _draw_symbols(picture: UInt8Array, town: FloatArray, colours: Float32Array, name: str) -> None:
+    """Draw the town ring in the grandparent's colours, a badge for the place and each ancestor, the name."""
     size = picture.shape[0]
-    centre = _town(world, level, x, y) * size
-    point = (round(float(centre[0])), round(float(centre[1])))
+    point = (round(float(town[0])), round(float(town[1])))
     radius = max(2, round(size * 0.115))
-    top, bottom = symbol[max(0, len(symbol) - 3)].tolist()
+    top, bottom = _up(colours, 2).tolist()
     cv2.circle(picture, point, radius + max(1, size // 56), (250, 250, 250), -1, cv2.LINE_AA)
     cv2.ellipse(picture, point, (radius, radius), 0, 180, 360, top, -1, cv2.LINE_AA)
     cv2.ellipse(picture, point, (radius, radius), 0, 0, 180, bottom, -1, cv2.LINE_AA)
-    for (left, high), colours in zip(_BADGES, symbol[::-1], strict=False):
-        _badge(picture, left * size, high * size, colours.tolist())
+    for (left, high), pair in zip(_BADGES, colours[::-1].tolist(), strict=False):
+        _badge(picture, left * size, high * size, pair)
     if size >= 64:
-        _name(picture, place_name(world.seed, level, x, y), (size * 0.06, size * 0.735))
+        _name(picture, name, (size * 0.06, size * 0.735))
 
 
 def _badge(picture: UInt8Array, left: float, top: float, colours: list[list[float]]) -> None:
@@ -208,13 +205,11 @@ def _name(picture: UInt8Array, text: str, corner: tuple[float, float]) -> None:
         )
 
 
-def _grain(pictures: UInt8Array) -> UInt8Array:
-    """Fine texture, the same in every tile, so that it has no seams either."""
-    lighter, darker = _grain_tables(pictures.shape[1])
-    for picture in pictures:
-        cv2.add(picture, lighter, picture)
-        cv2.subtract(picture, darker, picture)
-    return pictures
+def _add_grain(picture: UInt8Array) -> None:
+    """Add fine texture, the same in every tile, so that it has no seams either."""
+    lighter, darker = _grain_tables(picture.shape[0])
+    cv2.add(picture, lighter, picture)
+    cv2.subtract(picture, darker, picture)
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from geoengine.engine.sources.planet.noise import hash_integers
+from geoengine.engine.sources.planet.noise import Int64Array, hash_integers
 
 _ONSETS = ("k", "m", "t", "l", "v", "d", "s", "r", "g", "b", "n", "p", "h", "tr", "sh", "br")
 _VOWELS = ("a", "e", "i", "o", "u", "a", "o", "ia")
@@ -10,9 +10,12 @@ _CODAS = ("", "", "n", "r", "l", "s", "", "rd", "m", "st")
 _KEY_NAME = 11
 
 
-def place_name(seed: int, level: int, x: int, y: int) -> str:
-    """Name of a cell, one to three syllables, capitalised."""
-    bits = int(hash_integers(seed, _KEY_NAME, level, x, y)[0])
+def place_names(seed: int, level: int, xy: Int64Array) -> list[str]:
+    """Return the names of the cells `xy`, int64[n, 2]: two or three syllables, capitalised."""
+    return [_word(bits) for bits in hash_integers(seed, _KEY_NAME, level, xy[:, 0], xy[:, 1]).tolist()]
+
+
+def _word(bits: int) -> str:
     syllables = 2 + bits % 2
     bits >>= 3
     word = ""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from geoengine.engine.sources.planet import colours
 from geoengine.engine.sources.planet.colours import ColourCircle
-from geoengine.engine.sources.planet.names import place_name
+from geoengine.engine.sources.planet.names import place_names
 from geoengine.engine.sources.planet.world import ATTRIBUTE_LEVELS, World
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -80,14 +80,14 @@ def render_photo(world: World, x: int, y: int, seed: int, height: int = 480) -> 
     _sky(canvas)
     _relief(canvas, horizon, hue[6])
     _ground(canvas, horizon, hue[4])
-    names = [place_name(world.seed, level, x >> (16 - level), y >> (16 - level)) for level in (14, 16)]
+    shop, sign = (place_names(world.seed, up, np.array([[x, y]]) >> (16 - up))[0] for up in (14, 16))
     draw = {
         "trees": lambda: _trees(canvas, horizon, hue[4]),
         "crops": lambda: _crops(canvas, horizon, hue[10]),
         "house": lambda: _house(canvas, horizon, hue[12]),
-        "shop": lambda: _shop(canvas, horizon, hue[14], names[0]),
+        "shop": lambda: _shop(canvas, horizon, hue[14], shop),
         "flag": lambda: _flag(canvas, hue[2]),
-        "sign": lambda: _sign(canvas, hue[16], names[1]),
+        "sign": lambda: _sign(canvas, hue[16], sign),
         "van": lambda: _van(canvas, hue[8]),
     }
     for thing, draw_thing in draw.items():
