@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 IMAGE_SIZE, TOKENS, WIDTH, EMBED_DIM = 8, 5, 12, 6
 
 
-def write_tiny_bundle(folder, *, levels=(1, 3), world="planet", sides=(8, 16), logit_scale=20.0, seed=0):
+def write_tiny_bundle(folder, *, levels=(1, 3), world="planet", sides=(8, 16), embed_dim=EMBED_DIM):
     """A bundle whose trunk is a dense layer and whose heads attend over its tokens; weights are random."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     (folder / "onnx").mkdir(parents=True)
     encoders = ["photo", *(f"z{z:02d}" for z in levels)]
     trunks = {str(side): f"onnx/trunk.{side}.fp32.onnx" for side in sides}
@@ -20,7 +20,7 @@ def write_tiny_bundle(folder, *, levels=(1, 3), world="planet", sides=(8, 16), l
     for side in sides:
         onnx.save(trunk(rng, side), folder / trunks[str(side)])
     for path in heads.values():
-        onnx.save(head(rng), folder / path)
+        onnx.save(head(rng, embed_dim), folder / path)
     manifest = {
         "schema": 1,
         "geoengine": "0.1.0",
@@ -28,12 +28,12 @@ def write_tiny_bundle(folder, *, levels=(1, 3), world="planet", sides=(8, 16), l
         "pretrained": "none",
         "world": world,
         "levels": list(levels),
-        "embed_dim": EMBED_DIM,
+        "embed_dim": embed_dim,
         "image_size": IMAGE_SIZE,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
         "precision": "fp32",
-        "logit_scale": dict.fromkeys(encoders[1:], logit_scale),
+        "logit_scale": dict.fromkeys(encoders[1:], 20.0),
         "trunks": trunks,
         "heads": heads,
         "files": {},
@@ -79,11 +79,11 @@ def trunk(rng, side):
     )
 
 
-def head(rng):
-    """float32[n, TOKENS, WIDTH] -> unit float32[n, EMBED_DIM], the first token attending to all."""
+def head(rng, embed_dim):
+    """float32[n, TOKENS, WIDTH] -> unit float32[n, embed_dim], the first token attending to all."""
     weights = {
         "query": rng.normal(size=(WIDTH, WIDTH)),
-        "project": rng.normal(size=(WIDTH, EMBED_DIM)),
+        "project": rng.normal(size=(WIDTH, embed_dim)),
         "first": np.array([0]),
         "axis": np.array([1]),
     }
@@ -101,7 +101,7 @@ def head(rng):
     return model(
         nodes,
         ("tokens", TensorProto.FLOAT, ["n", TOKENS, WIDTH]),
-        ("embedding", ["n", EMBED_DIM]),
+        ("embedding", ["n", embed_dim]),
         weights,
     )
 
