@@ -26,7 +26,7 @@ def random_rows(rng: np.random.Generator, n: int, d: int, dtype=np.float32) -> n
 
 
 def assert_same(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> None:
-    """Equal bit by bit, minus zero included."""
+    """Equal bit by bit."""
     assert a[0].tobytes() == b[0].tobytes()
     assert np.array_equal(a[1], b[1])
 
@@ -86,14 +86,12 @@ def test_golden_values(topk, dtype):
     scores, indices = topk(embeddings, np.array([[10, 0], [0, 0]], np.float32), 6)
     assert indices.tolist() == [[1, 5, 3, 0, 2, 4], [0, 1, 2, 3, 4, 5]]
     np.testing.assert_allclose(scores, [[1, 1, 0.6, 0, 0, -1], [0, 0, 0, 0, 0, 0]], rtol=2e-7)
-    assert not np.signbit(scores[:, 4]).any()
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
-def test_threshold_survives_many_insertions(topk, dtype):
+def test_threshold_survives_many_insertions(topk):
     # Ascending scores replace the whole beam again and again; descending ones never do.
-    angles = np.linspace(0.1, 1.5, 1000, dtype=dtype).astype(np.float32)
+    angles = np.linspace(0.1, 1.5, 1000, dtype=np.float32)
     rising = np.stack([np.sin(angles), np.cos(angles)], axis=1)
     query = np.array([[1, 0]], np.float32)
     assert topk(rising, query, 3)[1].tolist() == [[999, 998, 997]]
@@ -142,7 +140,7 @@ def test_strided_unaligned_and_read_only_arrays(dtype, tmp_path):
 
 
 @BOTH
-@pytest.mark.parametrize("scale", [1e-44, 1e-37, 1e-20, 1e-9, 1e9, 1e18, 1e37])
+@pytest.mark.parametrize("scale", [1e-44, 1e-37, 1e-22, 1e-20, 1e-9, 1e9, 1e18, 1e37])
 def test_length_does_not_matter_even_where_squares_overflow(topk, scale):
     rng = np.random.default_rng(3)
     directions = rng.integers(-9, 10, (40, 30)).astype(np.float32)
@@ -215,6 +213,17 @@ def test_rows_that_are_not_finite_are_named(topk, dtype, value):
     queries[4, 3] = value
     with pytest.raises(ValueError, match=r"queries must be finite, got NaN or infinity in row 4$"):
         topk(embeddings, queries, 1)
+
+
+def test_the_lowest_bad_row_is_named_by_any_number_of_threads():
+    # Threads take 1024 rows at a time: one meets its bad row last, the others theirs at once. The slowest kernel
+    # leaves all threads time to start.
+    embeddings = np.ones((20_000, 64), np.float32)
+    embeddings[3071] = np.nan
+    embeddings[3072::1024] = np.nan
+    for _ in range(20):
+        with pytest.raises(ValueError, match="in row 3071$"):
+            _topk_cpu.cosine_topk(embeddings, embeddings[:8], 1, threads=4, kernel="portable")
 
 
 def good(**changes: object) -> dict[str, object]:

@@ -21,10 +21,9 @@ constexpr double kProductsPerThread = 4e6;
 // Bytes of rows that a thread takes at a time: a fraction of a millisecond of work.
 constexpr std::int64_t kBytesPerTurn = 256 * 1024;
 
-// Squared lengths in fp32 are trusted in this range only: inside it no product overflows and what underflows is
-// far below rounding. Rows outside it (zero, tiny, huge, not finite) are computed again in double precision.
+// Squared lengths in fp32 are trusted when finite and at least this: then no product has overflowed and what has
+// underflowed is far below rounding. Other rows (zero, tiny, huge, not finite) are computed again in double.
 constexpr float kSmallestSquare = 0x1p-60f;
-constexpr float kLargestSquare = 0x1p120f;
 
 // §1 Queries: padded with zeros, and scaled by a power of two (exact) to a length near 1.
 struct PreparedQueries {
@@ -55,12 +54,12 @@ std::int64_t prepare(const Queries& queries, std::int64_t d, PreparedQueries& ou
   return -1;
 }
 
-float clamp(float score) { return std::min(std::max(score, -1.0f), 1.0f) + 0.0f; }  // + 0: no minus zero
+float clamp(float score) { return std::min(std::max(score, -1.0f), 1.0f); }
 
 // §2 Scan: each worker takes turns of consecutive rows and keeps its own k best per query.
 struct Worker {
-  std::vector<Best> best;           // [m]
-  std::vector<float> products;      // [kStrip, max(m, 1)]
+  std::vector<Best> best;       // [m]
+  std::vector<float> products;  // [kStrip, max(m, 1)]
   std::int64_t bad_row = -1;
   std::exception_ptr error;
 };
@@ -102,7 +101,7 @@ class Scan {
       score_strip_({row(first), count, rows_.d, queries_.padded.data(), std::max<std::int64_t>(queries_.m, 1),
                     queries_.stride, worker.products.data(), squares});
       for (std::int64_t r = 0; r < count; ++r) {
-        const bool trusted = squares[r] >= kSmallestSquare && squares[r] <= kLargestSquare;
+        const bool trusted = squares[r] >= kSmallestSquare && std::isfinite(squares[r]);
         if (trusted) {
           offer(worker, first + r, worker.products.data() + r * queries_.m, 1.0f / std::sqrt(squares[r]));
         } else if (!offer_in_double(worker, first + r)) {
