@@ -1,0 +1,498 @@
+"""Reading photos: every kind that phones and cameras write, upright; and every refusal."""
+
+import io
+import os
+import struct
+import threading
+import warnings
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from geoengine.engine.errors import PhotoError
+from geoengine.engine.photos import PhotoLimits, expand_photo_paths, read_gps, read_photo
+from PIL import Image, ImageOps
+
+MODEL, ORIENTATION, GPS = 0x0110, 0x0112, 0x8825
+
+
+def scene(height=48, width=80):
+    """Four corners of different colours, blended: it survives lossy codecs, and no turn of it is itself."""
+    down, right = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    corners = np.array([[[200, 30, 40], [40, 190, 60]], [[30, 50, 210], [220, 210, 60]]], float)
+    top = corners[0, 0] * (1 - right[..., None]) + corners[0, 1] * right[..., None]
+    bottom = corners[1, 0] * (1 - right[..., None]) + corners[1, 1] * right[..., None]
+    return np.rint(top * (1 - down[..., None]) + bottom * down[..., None]).astype(np.uint8)
+
+
+def encoded(image, kind, **options):
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    if kind == "HEIF":
+        import pillow_heif
+
+        pillow_heif.from_pillow(image).save(buffer, **options)
+    else:
+        image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif_with(tag, value):
+    exif = Image.Exif()
+    exif[tag] = value
+    return exif
+
+
+def assert_close(pixels, expected, tolerance=0):
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= tolerance
+
+
+# --- kinds of files and of pixels --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "tolerance"),
+    [
+        ("JPEG", {"quality": 95, "subsampling": 0}, 6),
+        ("JPEG", {"quality": 95, "subsampling": 0, "progressive": True}, 6),
+        ("PNG", {}, 0),
+        ("WEBP", {"quality": 95}, 12),
+        ("WEBP", {"lossless": True}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("TIFF", {"compression": "tiff_deflate"}, 0),
+        ("TIFF", {"big_tiff": True}, 0),
+        ("AVIF", {"quality": 95, "subsampling": "4:4:4"}, 12),
+        ("HEIF", {"quality": 95, "chroma": 444}, 12),
+        ("BMP", {}, 0),
+    ],
+)
+def test_kinds_of_files(tmp_path, kind, options, tolerance):
+    data = encoded(scene(), kind, **options)
+    path = tmp_path / "photo.bin"  # the kind is found from the bytes
+    path.write_bytes(data)
+    for source in (path, str(path), data):
+        assert_close(read_photo(source).pixels, scene(), tolerance)
+
+
+def test_grey_pixels():
+    grey = scene()[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    for kind in ("PNG", "TIFF", "BMP"):
+        assert_close(read_photo(encoded(grey, kind)).pixels, expected)
+    assert_close(read_photo(encoded(grey, "JPEG", quality=95)).pixels, expected, 3)
+
+
+def test_one_bit_pixels():
+    image = Image.fromarray(scene()).convert("1")
+    for kind in ("PNG", "TIFF"):
+        assert_close(read_photo(encoded(image, kind)).pixels, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", [".png", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bits_are_scaled_not_clipped(kind, channels):
+    wide = scene().astype(np.uint16) * 257
+    if channels == 1:
+        wide = wide[..., 0]
+        expected = np.repeat(scene()[..., :1], 3, axis=2)
+    else:
+        expected = scene()
+        wide = cv2.cvtColor(wide, cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGB2BGRA)
+    data = cv2.imencode(kind, wide)[1].tobytes()
+    assert_close(read_photo(data).pixels, expected)
+
+
+def test_twelve_bits_are_scaled_too():
+    twelve = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)
+    pairs = twelve.reshape(-1, 2).astype(np.uint32)
+    packed = (pairs[:, 0] << 12 | pairs[:, 1]).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+    entries = [(256, 3, 16), (257, 3, 16), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 134), (277, 3, 1)]
+    entries += [(278, 3, 16), (279, 4, len(packed))]
+    directory = b"".join(
+        struct.pack("<HHI", tag, kind, 1) + struct.pack("<I", value) for tag, kind, value in entries
+    )
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + struct.pack("<I", 0)
+    data = head + bytes(134 - len(head)) + packed
+    assert_close(read_photo(data).pixels[..., 0], (twelve >> 4).astype(np.uint8))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tiffs_of_fractions(channels):
+    fractions = (scene() / 255).astype(np.float32)
+    fractions = fractions[..., 0] if channels == 1 else fractions[..., ::-1]
+    expected = np.repeat(scene()[..., :1], 3, axis=2) if channels == 1 else scene()
+    assert_close(read_photo(cv2.imencode(".tiff", fractions)[1].tobytes()).pixels, expected)
+
+
+def test_cmyk_pixels():
+    image = Image.fromarray(scene()).convert("CMYK")
+    assert_close(read_photo(encoded(image, "TIFF")).pixels, scene(), 1)
+    jpeg = encoded(image, "JPEG", quality=95)
+    assert b"Adobe" in jpeg  # with that marker, 255 means no ink
+    assert_close(read_photo(jpeg).pixels, scene(), 8)
+
+
+def test_palette_pixels():
+    image = Image.fromarray(scene()).quantize(64)
+    for kind in ("PNG", "GIF", "TIFF", "BMP"):
+        assert_close(read_photo(encoded(image, kind)).pixels, np.asarray(image.convert("RGB")))
+
+
+def test_transparency_becomes_white():
+    alpha = np.zeros(scene().shape[:2], np.uint8)
+    alpha[:, 20:40], alpha[:, 40:] = 128, 255
+    rgba = np.dstack([scene(), alpha])
+    weight = alpha[..., None] / 255
+    expected = np.rint(scene() * weight + 255 * (1 - weight)).astype(np.uint8)
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+        pixels = read_photo(encoded(rgba, kind, **options)).pixels
+        assert (pixels[:, :20] == 255).all()
+        assert_close(pixels, expected, 1)
+    assert_close(read_photo(rgba).pixels, expected, 1)
+    grey = Image.merge("LA", [Image.fromarray(scene()[..., 0]), Image.fromarray(alpha)])
+    assert_close(read_photo(encoded(grey, "PNG")).pixels[..., 1], expected[..., 0], 1)
+
+
+def test_transparent_colour_of_a_palette_becomes_white():
+    indices = np.zeros((4, 6), np.uint8)
+    indices[:, 3:] = 1
+    image = Image.fromarray(indices).convert("P")
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    expected = np.zeros((4, 6, 3), np.uint8)
+    expected[:, :3], expected[:, 3:] = 255, (0, 0, 255)
+    for kind, transparency in (("PNG", 0), ("PNG", b"\x00\xff"), ("GIF", 0)):
+        assert_close(read_photo(encoded(image, kind, transparency=transparency)).pixels, expected)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_the_first_frame_of_an_animation_is_read(kind):
+    first, second = (Image.new("RGB", (32, 24), colour) for colour in ("red", "blue"))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(first, kind, save_all=True, append_images=[second], **options)
+    assert_close(read_photo(data).pixels, np.asarray(first), 3)
+
+
+def test_one_pixel():
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "GIF", "BMP"):
+        assert read_photo(encoded(np.full((1, 1, 3), 128, np.uint8), kind)).pixels.shape == (1, 1, 3)
+
+
+# --- orientation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
+def test_orientations_are_applied(kind, orientation):
+    image = Image.fromarray(scene())
+    lying = image if orientation == 1 else image.transpose(_UNDO[orientation])
+    data = encoded(lying, kind, quality=95, exif=exif_with(ORIENTATION, orientation).tobytes())
+    assert_close(read_photo(data).pixels, scene(), 40)  # colours at the corners differ by 150 and more
+    lying.getexif()[ORIENTATION] = orientation
+    assert_close(read_photo(lying).pixels, np.asarray(ImageOps.exif_transpose(lying)))
+    assert_close(read_photo(lying).pixels, scene())
+
+
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_is_ignored(orientation):
+    data = encoded(scene(), "PNG", exif=exif_with(ORIENTATION, orientation))
+    assert_close(read_photo(data).pixels, scene())
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0" + b"\xff" * 40,
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\0\0\xff\xff\0\0",
+        b"Exif\0\0",
+    ],
+)
+def test_damaged_exif_neither_warns_nor_breaks(exif):
+    data = encoded(scene(), "JPEG", quality=95, subsampling=0, exif=exif)
+    assert_close(read_photo(data).pixels, scene(), 6)
+    assert read_gps(data) is None
+
+
+# --- other sources -----------------------------------------------------------------------------------------
+
+
+def test_arrays_are_taken_as_they_are():
+    assert_close(read_photo(scene()).pixels, scene())
+    assert_close(read_photo(scene()[..., 1]).pixels, np.repeat(scene()[..., 1:2], 3, axis=2))
+    pixels = scene()
+    photo = read_photo(pixels, name="mine")
+    pixels[:] = 0
+    assert photo.name == "mine"
+    assert_close(photo.pixels, scene())
+
+
+def test_names(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(scene(), "PNG"))
+    assert read_photo(path).name == str(path)
+    assert read_photo(path, name="a").name == "a"
+    assert read_photo(path.read_bytes()).name == "the photo"
+
+
+def test_pixels_are_contiguous_and_writable():
+    for source in (encoded(scene(), "PNG"), encoded(scene(), "PNG", exif=exif_with(ORIENTATION, 6)), scene()):
+        pixels = read_photo(source).pixels
+        assert pixels.flags.c_contiguous
+        assert pixels.flags.writeable
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
+    with pytest.raises(PhotoError, match=r"nowhere\.jpg: there is no such file"):
+        read_photo(tmp_path / "nowhere.jpg")
+    with pytest.raises(PhotoError, match=f"{tmp_path.name}: this is a folder, not a photo"):
+        read_photo(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PhotoError, match="pipe: this is a device or pipe, not a photo"):
+        read_photo(tmp_path / "pipe")
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(PhotoError, match=r"empty\.jpg: the file is empty"):
+        read_photo(tmp_path / "empty.jpg")
+    with pytest.raises(PhotoError, match=r"empty\.jpg/a: there is no such file"):
+        read_photo(tmp_path / "empty.jpg" / "a")
+    with pytest.raises(PhotoError, match="this is not a possible file name"):
+        read_photo("a\0b")
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(PhotoError, match=r"empty\.jpg: you are not allowed to read it"):
+        read_photo(tmp_path / "empty.jpg")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"not an image at all",
+        b"<html></html>",
+        b"%PDF-1.7",
+        b"\0" * 500,
+        b"\0\0\0\x18ftypisom\0\0\0\0isommp42",
+    ],
+)
+def test_files_that_are_not_images(data):
+    with pytest.raises(
+        PhotoError, match=r"x\.jpg: this is not an image of a kind that can be read \(JPEG, PNG"
+    ):
+        read_photo(data, name="x.jpg")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "GIF", "BMP"])
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.7, 0.95])
+def test_truncated_files(kind, part):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encoded(noise, kind)
+    cut = data[: max(16, int(len(data) * part))]
+    with pytest.raises(PhotoError, match=r"x\.jpg: the image is damaged or cut short and cannot be decoded"):
+        read_photo(cut, name="x.jpg")
+
+
+def huge(kind):
+    """A file that says it is 20000 x 10000, and has no pixels at all."""
+    tiny = encoded(np.zeros((2, 3, 3), np.uint8), kind)
+    if kind == "PNG":
+        size = b"IHDR" + struct.pack(">II", 20000, 10000) + tiny[24:29]
+        return tiny[:12] + size + struct.pack(">I", zlib.crc32(size)) + struct.pack(">I", 10**6) + b"IDAT"
+    if kind == "JPEG":
+        at = tiny.index(b"\xff\xc0") + 5
+        return tiny[:at] + struct.pack(">HH", 10000, 20000) + tiny[at + 4 :]
+    if kind == "GIF":
+        return tiny[:6] + struct.pack("<HH", 20000, 10000) + tiny[10:]
+    return tiny[:18] + struct.pack("<ii", 20000, 10000) + tiny[26:]  # BMP
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
+def test_too_many_pixels_are_refused_before_decoding(kind):
+    message = "x: the image has 20000 x 10000 = 200,000,000 pixels, more than the limit of 100,000,000"
+    with pytest.raises(PhotoError, match=message):
+        read_photo(huge(kind), name="x")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "GIF", "BMP"])
+def test_the_limit_is_inclusive(kind):
+    data = encoded(scene(40, 50), kind)
+    assert read_photo(data, limits=PhotoLimits(max_pixels=2000)).pixels.shape == (40, 50, 3)
+    with pytest.raises(PhotoError, match="50 x 40 = 2,000 pixels, more than the limit of 1,999"):
+        read_photo(data, limits=PhotoLimits(max_pixels=1999))
+
+
+def test_the_limit_holds_for_every_source():
+    limits = PhotoLimits(max_pixels=1)
+    unusual = cv2.imencode(".tiff", np.zeros((4, 5, 3), np.float32))[1].tobytes()
+    for source in (scene(4, 5), Image.fromarray(scene(4, 5)), unusual):
+        with pytest.raises(PhotoError, match="5 x 4 = 20 pixels, more than the limit of 1"):
+            read_photo(source, limits=limits)
+    with pytest.raises(PhotoError, match="the pixel limit must be at least 1; got 0"):
+        PhotoLimits(max_pixels=0)
+
+
+def test_pillows_own_limit_is_untouched_and_does_not_apply(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for kind in ("JPEG", "PNG", "AVIF", "HEIF", "GIF", "BMP"):
+        assert read_photo(encoded(scene(), kind)).pixels.shape == (48, 80, 3)
+    for kind in ("WEBP", "TIFF"):  # their classes look at Pillow's limit themselves
+        with pytest.raises(PhotoError, match="the image has more pixels than its decoder accepts"):
+            read_photo(encoded(scene(), kind))
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (
+            np.zeros((4, 4, 3), np.float32),
+            r"the array: pixels must be uint8\[H, W, 3\]; got float32 \(4, 4, 3\)",
+        ),
+        (np.zeros((4,), np.uint8), r"pixels must be uint8\[H, W, 3\]; got uint8 \(4,\)"),
+        (np.zeros((4, 4, 2), np.uint8), r"pixels must have shape \(H, W, 3\), .*; got \(4, 4, 2\)"),
+        (np.zeros((0, 4, 3), np.uint8), "the image has no pixels"),
+    ],
+)
+def test_other_arrays_are_refused(array, message):
+    with pytest.raises(PhotoError, match=message):
+        read_photo(array)
+
+
+def test_pixel_values_that_are_no_photo_are_refused():
+    elevations = cv2.imencode(".tiff", np.full((4, 4), -3.5, np.float32))[1].tobytes()
+    with pytest.raises(
+        PhotoError, match=r"x: its pixel values, -3\.5 to -3\.5, are neither 16-bit nor fractions"
+    ):
+        read_photo(elevations, name="x")
+
+
+def test_random_damage_ends_in_pixels_or_one_sentence():
+    rng = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "GIF", "BMP"):
+        whole = np.frombuffer(
+            encoded(scene(16, 24), kind, exif=exif_with(ORIENTATION, 6).tobytes()), np.uint8
+        )
+        for _ in range(60):
+            damaged = whole.copy()
+            where = rng.integers(0, len(whole), 8)
+            damaged[where] = rng.integers(0, 256, 8)
+            try:
+                photo = read_photo(damaged.tobytes(), name="x", limits=PhotoLimits(max_pixels=10**6))
+            except PhotoError as error:
+                assert str(error).startswith("x: ")
+                assert "\n" not in str(error)
+            else:
+                assert photo.pixels.ndim == 3
+            with suppress(PhotoError):
+                read_gps(damaged.tobytes())
+
+
+def test_threads_do_not_disturb_each_other_or_the_warning_filters():
+    before = list(warnings.filters)
+    data = [encoded(scene(), "JPEG", quality=95, subsampling=0), encoded(scene(), "TIFF")]
+    wrong = []
+
+    def read():
+        for _ in range(20):
+            for source in data:
+                if np.abs(read_photo(source).pixels.astype(int) - scene()).max() > 6:
+                    wrong.append(source)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert list(warnings.filters) == before
+
+
+# --- GPS tags ----------------------------------------------------------------------------------------------
+
+
+def with_gps(gps, kind="JPEG"):
+    exif = exif_with(MODEL, "a camera")
+    exif.get_ifd(GPS).update(gps)
+    return encoded(scene(), kind, exif=exif.tobytes())
+
+
+WHITNEY = {1: "N", 2: (36.0, 34.0, 42.9), 3: "W", 4: (118.0, 17.0, 31.2)}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
+def test_gps_tags_are_read(tmp_path, kind):
+    path = tmp_path / "photo"
+    path.write_bytes(with_gps(WHITNEY, kind))
+    lng, lat = read_gps(path)
+    assert lat == pytest.approx(36.57858, abs=1e-5)
+    assert lng == pytest.approx(-118.29200, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "gps",
+    [
+        {},
+        {1: "N", 2: (36.0, 34.0, 42.9)},
+        WHITNEY | {1: "X"},
+        WHITNEY | {1: ""},
+        WHITNEY | {2: (91.0, 0.0, 0.0)},
+        WHITNEY | {4: (181.0, 0.0, 0.0)},
+        {1: "N", 2: (0.0, 0.0, 0.0), 3: "E", 4: (0.0, 0.0, 0.0)},
+    ],
+)
+def test_gps_tags_that_make_no_sense_are_none(gps):
+    assert read_gps(with_gps(gps)) is None
+
+
+def test_gps_tags_with_zero_denominators_are_none():
+    data = with_gps(WHITNEY)
+    degrees = struct.pack(">II", 36, 1)
+    assert degrees in data
+    assert read_gps(data.replace(degrees, struct.pack(">II", 36, 0))) is None
+
+
+def test_gps_of_a_file_that_is_no_photo(tmp_path):
+    with pytest.raises(PhotoError, match="there is no such file"):
+        read_gps(tmp_path / "nowhere.jpg")
+    with pytest.raises(PhotoError, match="this is not an image"):
+        read_gps(b"text")
+
+
+# --- folders -----------------------------------------------------------------------------------------------
+
+
+def test_folders_become_their_images(tmp_path):
+    for name in ("b.JPG", "a.heic", "c.txt", ".hidden.jpg", "d.tiff", "odd.data"):
+        (tmp_path / name).touch()
+    (tmp_path / "deeper.jpg").mkdir()
+    given = [str(tmp_path / "odd.data"), tmp_path]
+    expected = [tmp_path / name for name in ("odd.data", "a.heic", "b.JPG", "d.tiff")]
+    assert expand_photo_paths(given) == expected
+
+
+def test_folders_and_paths_that_hold_no_photo(tmp_path):
+    with pytest.raises(PhotoError, match=f"{tmp_path.name}: the folder has no images"):
+        expand_photo_paths([tmp_path])
+    with pytest.raises(PhotoError, match=r"nowhere\.jpg: there is no such file"):
+        expand_photo_paths([tmp_path / "nowhere.jpg"])
