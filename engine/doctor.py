@@ -199,7 +199,10 @@ def _provider_problem(onnxruntime: Any, provider: str) -> str | None:  # noqa: A
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            session = onnxruntime.InferenceSession(_IDENTITY_MODEL, options, providers=[provider])
+            # With its fall-back to the CPU, onnxruntime prints what fails to stdout.
+            session = onnxruntime.InferenceSession(
+                _IDENTITY_MODEL, options, providers=[provider], enable_fallback=0
+            )
         [copied] = session.run(None, {"x": np.ones(1, np.float32)})
     except Exception as error:  # onnxruntime has its own exception for each failure
         return str(error).strip().splitlines()[0]

@@ -257,6 +257,8 @@ def _compared(location: Location, path: Path) -> Location:
 def _check_writable(path: Path) -> None:
     from geoengine.engine.render.files import check_writable
 
+    if path.suffix.lower() not in (".html", ".htm"):  # `--map a.jpg b.jpg` would replace a photo
+        raise GeoEngineError(f"{path}: --map writes an HTML page: give it a name that ends in .html")
     check_writable(path)
 
 

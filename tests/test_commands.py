@@ -1,0 +1,184 @@
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from geoengine.engine.errors import GeoEngineError
+from geoengine.engine.tiles import LngLat
+from typer.testing import CliRunner
+
+import geoengine
+from geoengine.cli import app
+from geoengine.commands import terminal
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result, sentence):
+    """Whether a command ended with status 2, one line on stderr and nothing on stdout."""
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("geoengine: ") and result.stderr.count("\n") == 1
+    assert sentence in result.stderr
+
+
+# --- the terminal ---
+
+
+def geoengine_process(code, stdout, *arguments):
+    """Run the command line in a new process in which `code` prepared a command "speak"."""
+    program = (
+        "import sys, geoengine.cli as cli\n"
+        "from geoengine.commands.terminal import write_result\n"
+        f"def speak():\n    {code}\n"
+        "cli.app.command()(speak)\nsys.argv = ['geoengine', 'speak']\ncli.main()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+
+
+def test_a_reader_that_goes_away_is_not_complained_about():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        result = geoengine_process("write_result('x' * 100_000)", pipe)
+    assert (result.returncode, result.stderr) == (terminal.Exit.BROKEN_PIPE, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
+def test_results_that_cannot_be_written_are_one_sentence():
+    with open("/dev/full", "w") as full:
+        result = geoengine_process("write_result('x')", full)
+    assert result.returncode == 2
+    assert result.stderr == "geoengine: the results cannot be written (No space left on device)\n"
+
+
+def test_progress_is_silent_outside_a_terminal(capsys):
+    with terminal.waiting("something"), terminal.progress_bar("something") as show:
+        show("step", 1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal.waiting("loading"), terminal.progress_bar("starting") as show:
+        pass
+    with terminal.progress_bar("starting") as show:
+        show("level 1 of 7", 128, 256)
+    out, err = capsys.readouterr()
+    assert out == "" and "level 1 of 7" in err and "128/256" in err
+
+
+# --- the other commands ---
+
+
+def test_evaluate_prints_a_table_and_json(monkeypatch):
+    from geoengine.bench import evaluate
+    from geoengine.bench.accuracy import accuracy, wilson_share
+
+    def evaluate_planet(*, photos, ks, seed, progress):
+        progress(1, 2)
+        places = [LngLat(0.0, 0.0)] * photos
+        beams = tuple(
+            evaluate.BeamReport(
+                k=k,
+                accuracy=accuracy(places, places),
+                recall={4: wilson_share(3, 4), 6: wilson_share(1, 4)},
+                tiles=1000,
+                seconds=2.0,
+            )
+            for k in ks
+        )
+        return evaluate.Report(world="planet", model="m", backend="b", photos=photos, seed=seed, beams=beams)
+
+    monkeypatch.setattr(evaluate, "evaluate_planet", evaluate_planet)
+    table = run("evaluate", "planet", "--k", 1, "--k", 4, "--photos", 10, "--seed", 3)
+    assert "demo planet, not Earth: 10 photos, seed 3, m, b" in table.stdout
+    for cell in ("2500 km", "100.0%", "75.0%", "25.0%", "z6", "500"):
+        assert cell in table.stdout
+    report = json.loads(run("evaluate", "planet", "--k", 1, "--photos", 10, "--json").stdout)
+    assert [beam["k"] for beam in report["beams"]] == [1]
+
+
+@pytest.mark.parametrize("options", [["--photos", 0], ["--k", 0], ["--k", 1, "--k", 1]])
+def test_evaluations_of_nothing_are_refused(options):
+    refused(run("evaluate", "planet", *options), "")
+
+
+def test_build_engines_passes_its_options_on(monkeypatch, tmp_path):
+    from geoengine.export import build
+
+    seen = []
+
+    def built(config, progress):
+        progress(1, 3, "trunk")
+        seen.append(config)
+        row = build.ReportRow(artifact="onnx/trunk", precision="fp32", min_cosine=0.9999, bytes=2_000_000)
+        return build.BuildReport(
+            path=config.out,
+            model="m",
+            pretrained="none",
+            world="earth",
+            rows=(row,),
+            bytes=2_000_000,
+            seconds=3.0,
+        )
+
+    monkeypatch.setattr(build, "build_engines", built)
+    result = run(
+        "build-engines", "--model", "ViT", "--pretrained", "none", "--levels", "4-8", "--out", tmp_path
+    )
+    assert result.exit_code == 0, result.stderr
+    assert (seen[0].model, seen[0].pretrained, seen[0].levels, seen[0].out) == (
+        "ViT",
+        "none",
+        (4, 6, 8),
+        tmp_path,
+    )
+    assert "0.999900" in result.stdout and "onnx/trunk" in result.stdout
+    assert "the weights are random" in result.stderr
+
+
+def test_build_engines_refuses_an_unknown_precision():
+    refused(run("build-engines", "--precision", "int4"), "unknown precision 'int4'")
+
+
+def test_build_engines_verifies_only(monkeypatch, tmp_path):
+    from geoengine.export import build
+
+    def verified(path, progress):
+        raise GeoEngineError(f"{path} is damaged")
+
+    monkeypatch.setattr(build, "verify_bundle", verified)
+    refused(run("build-engines", "--verify", "--out", tmp_path), f"{tmp_path} is damaged")
+
+
+# --- the face ---
+
+
+def test_the_face_has_at_most_ten_names_and_all_of_them_exist():
+    assert len(geoengine.__all__) <= 10
+    assert geoengine.__all__ == sorted(geoengine.__all__)
+    for name in geoengine.__all__:
+        assert getattr(geoengine, name).__name__ == name
+    assert set(geoengine.__all__) <= set(dir(geoengine))
+    assert geoengine.__version__ == version("geoengine")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = geoengine.nothing
+
+
+def test_help_loads_nothing_heavy():
+    program = (
+        "import sys\nimport geoengine, geoengine.cli\nsys.argv = ['geoengine', '--help']\n"
+        "try: geoengine.cli.main()\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'numpy', 'cv2', 'onnxruntime', 'torch', 'onnx', 'open_clip', 'PIL', 'httpx', 'rich'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "locate" in result.stdout
+    assert result.stderr == "[]\n"
