@@ -34,9 +34,9 @@ def load_clip_encoders(
 
     `pretrained` is an open_clip tag, a file of weights, or "none" for random weights (seeded, for timing
     only). `checkpoints` is a folder with the map encoders, `z04.safetensors` and so on (or `.pt`), and
-    perhaps `photo.safetensors`; each holds a whole vision tower, or its last blocks, `ln_post` and `proj`, and
-    takes the rest from the pretrained model. Without it, the map encoders are the pretrained model itself. Raises
-    ExportError for an unknown model or tag, missing files, and tensors whose shapes do not fit.
+    perhaps `photo.safetensors`; each holds a whole vision tower, or its last blocks, `ln_post` and `proj`,
+    and takes the rest from the pretrained model. Without it, the map encoders are the pretrained model
+    itself. Raises ExportError for an unknown model or tag, missing files, and shapes that do not fit.
     """
     _check_names(model, pretrained)
     names = [PHOTO, *map(encoder_name, levels)]

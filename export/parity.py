@@ -37,9 +37,9 @@ def measure(
     """Run an encoder on sample pictures of `side` pixels, and hold it to the gates.
 
     With `encoders`, it is compared with the open_clip tower of that name in PyTorch, float32, after
-    open_clip's own preprocessing (Pillow). `step` is called with what is done. Raises ExportError when a cosine is under
-    MIN_COSINE, when an embedding is not of unit length, or when that of a picture differs by more than
-    MAX_BATCH_DIFFERENCE alone, first or last in a full batch.
+    open_clip's own preprocessing (Pillow). `step` is called with what is done. Raises ExportError when a
+    cosine is under MIN_COSINE, when an embedding is not of unit length, or when that of a picture differs by
+    more than MAX_BATCH_DIFFERENCE alone, first or last in a full batch.
     """
     what = f"encoder {encoder} at {side} px"
     step(f"check {what}")
@@ -53,7 +53,8 @@ def measure(
     cosines: tuple[float, ...] = ()
     if encoders is not None:
         expected = reference_embeddings(encoders, encoder, pictures[:-1])
-        cosines = tuple((embeddings[:-1].astype(np.float64) * expected).sum(1).tolist())
+        found = embeddings[:-1].astype(np.float64)
+        cosines = tuple(((found * expected).sum(1) / np.linalg.norm(found, axis=1)).tolist())
         if not min(cosines) >= MIN_COSINE:
             raise ExportError(
                 f"{what} does not agree with PyTorch: its lowest cosine is {min(cosines):.6f}, "

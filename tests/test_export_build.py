@@ -1,0 +1,306 @@
+"""Building bundles: what is in them, what they compute, and that a failed build changes nothing."""
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from geoengine.engine.backends import open_backend
+from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.errors import BundleError, ExportError
+from geoengine.export import build, encoders, onnx_graphs, parity
+from geoengine.export.build import BuildConfig, build_engines, verify_bundle
+from geoengine.export.model import Head
+from geoengine.export.pictures import sample_pictures
+
+torch.set_num_threads(1)
+VISION = encoders.VisionConfig(
+    image_size=16, patch_size=8, width=32, layers=3, heads=4, output_dim=24, quick_gelu=True
+)
+NAMES = ("photo", "z04", "z06")
+
+
+def save_set(path: Path, *, seed: int = 5, changed: str | None = None) -> Path:
+    """A folder of small random encoders; `changed` names one to give another projection."""
+    torch.manual_seed(seed)
+    trunk = VISION.build().state_dict()
+    heads = {}
+    for name in NAMES:
+        state = VISION.build().state_dict()
+        heads[name] = {key: t for key, t in state.items() if not encoders.in_trunk(key, 1)}
+    if changed is not None:
+        heads[changed]["proj"] = torch.randn(32, 24)
+    encoders.save_encoder_folder(
+        path, vision=VISION, trunk=trunk, heads=heads, trunk_layers=1,
+        mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), logit_scale={"z04": 20.0, "z06": 30.5},
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A bundle with trunks for 16 and 24 pixels, its report, and the folder it was built from."""
+    folder = tmp_path_factory.mktemp("built")
+    steps = []
+    config = BuildConfig(encoder_folder=save_set(folder / "set"), out=folder / "bundle", input_sizes=(24,))
+    report = build_engines(config, lambda *step: steps.append(step))
+    return folder, report, steps
+
+
+@pytest.fixture
+def reuse(monkeypatch, built):
+    """Let a build take its graphs from `built` instead of exporting: the same architecture, and quick."""
+    source = built[0] / "bundle" / "onnx"
+
+    def copy(folder: Path, start: str) -> list[Path]:
+        return [Path(shutil.copy(file, folder)) for file in source.iterdir() if file.name.startswith(start)]
+
+    def write_trunks(trunks, folder, precision):
+        files = copy(folder, "trunk")
+        return {side: next(f for f in files if f".{side}." in f.name) for side in trunks}
+
+    def write_heads(heads, folder, precision):
+        files = copy(folder, "head_")
+        return {name: next(f for f in files if name in f.name) for name, _ in heads}
+
+    monkeypatch.setattr(onnx_graphs, "write_trunks", write_trunks)
+    monkeypatch.setattr(onnx_graphs, "write_heads", write_heads)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_the_manifest_tells_what_is_in_the_bundle(built):
+    folder, report, _ = built
+    bundle = EngineBundle.open(folder / "bundle")
+    manifest = bundle.manifest
+    assert (manifest.world, manifest.levels, manifest.model) == ("planet", (4, 6), "planet-vit")
+    assert (manifest.embed_dim, manifest.image_size, manifest.precision) == (24, 16, "fp32")
+    assert dict(manifest.logit_scale) == {"z04": 20.0, "z06": 30.5}
+    assert (sorted(manifest.trunks), sorted(manifest.heads)) == ([16, 24], sorted(NAMES))
+    assert {"manifest.json", *manifest.files} == set(digests(folder / "bundle"))
+    assert set(manifest.tools) == {"torch", "open_clip", "onnx", "onnxscript", "onnxruntime"}
+    for name in NAMES:
+        assert 0.9999 <= manifest.parity[name]["min_cosine"] <= manifest.parity[name]["mean_cosine"]
+        assert manifest.parity[name]["images"] == 62
+    assert report.bytes == sum(f.stat().st_size for f in (folder / "bundle").rglob("*") if f.is_file())
+    assert {row.artifact for row in report.rows} == set(manifest.files)
+    assert not report.random
+
+
+def test_progress_counts_every_step(built):
+    steps = built[2]
+    assert steps[0] == (0, 0, "load the encoders")
+    assert [done for done, _, _ in steps] == list(range(10))
+    assert {total for _, total, _ in steps[1:]} == {9}
+    assert steps[-1] == (9, 9, "")
+
+
+@pytest.mark.parametrize("side", [16, 24, 40])
+@pytest.mark.parametrize("name", NAMES)
+def test_embeddings_equal_those_of_open_clip(built, side, name):
+    folder = built[0]
+    original = encoders.load_encoder_folder(folder / "set")
+    pictures = sample_pictures(side, 35, seed=9)
+    backend = open_backend(EngineBundle.open(folder / "bundle"), backend="onnxruntime-cpu", threads=1)
+    found = backend.encode(name, pictures)
+    expected = parity.reference_embeddings(original, name, pictures)
+    np.testing.assert_allclose(found, expected, atol=3e-4)  # a pixel may round to the other side
+    assert (found * expected).sum(1).min() > 0.9999
+    np.testing.assert_allclose(backend.encode(name, pictures[34:]), found[34:], atol=1e-6)
+    backend.close()
+
+
+def test_trunks_share_their_weights_stored_as_half(built):
+    folder = built[0] / "bundle" / "onnx"
+    regions = []
+    for side in (16, 24):
+        graph = onnx.load(folder / f"trunk.{side}.fp32.onnx", load_external_data=False).graph
+        external = {t.name: t for t in graph.initializer if t.external_data}
+        assert {e.value for t in external.values() for e in t.external_data if e.key == "location"} == {
+            "trunk.fp32.weights"
+        }
+        regions.append({n: [(e.key, e.value) for e in t.external_data] for n, t in external.items()})
+        half = {name for name, t in external.items() if t.data_type == onnx.TensorProto.FLOAT16}
+        assert half == {
+            f"{n}.half" for n in ("w_patch", *(f"blocks.0.w_{w}" for w in ("qkv", "out", "up", "down")))
+        }
+        assert any(t.name.startswith("resize_") for t in graph.initializer) == (side == 24)
+    assert regions[0] == regions[1]
+
+
+def test_graphs_have_a_dynamic_batch_and_tell_nothing_of_this_machine(built):
+    for file in (built[0] / "bundle" / "onnx").glob("*.onnx"):
+        graph = onnx.load(file, load_external_data=False).graph
+        for value in [*graph.input, *graph.output]:
+            assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+        for word in (b"stack_trace", b".py", b"geoengine"):
+            assert word not in file.read_bytes()
+
+
+def test_a_build_of_fewer_levels_writes_the_same_bytes(built, tmp_path):
+    config = BuildConfig(encoder_folder=built[0] / "set", out=tmp_path / "b", input_sizes=(24,), levels=(6,))
+    build_engines(config)
+    ours, theirs = digests(tmp_path / "b"), digests(built[0] / "bundle")
+    assert set(theirs) - set(ours) == {"onnx/head_z04.fp32.onnx"}
+    assert all(ours[name] == theirs[name] for name in ours if name != "manifest.json")
+
+
+def test_weights_that_half_cannot_hold_stay_full(tmp_path):
+    torch.manual_seed(1)
+    tower = VISION.build()
+    head = Head(tower, trunk_layers=2)
+    files = onnx_graphs.write_heads([("photo", head)], tmp_path, precision="fp32")
+    graph = onnx.load(files["photo"]).graph
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    for name, parameter in head.named_parameters():
+        np.testing.assert_array_equal(stored[name], parameter.numpy())
+    assert all(t.data_type != onnx.TensorProto.FLOAT16 for t in graph.initializer)
+
+
+def test_an_encoder_that_disagrees_stops_the_build(built, reuse, tmp_path):
+    config = BuildConfig(encoder_folder=save_set(tmp_path / "set", changed="z06"), out=tmp_path / "out")
+    with pytest.raises(ExportError, match="encoder z06 at 16 px does not agree with PyTorch"):
+        build_engines(config)
+    assert [file.name for file in tmp_path.iterdir()] == ["set"]
+
+
+def test_an_interrupted_build_leaves_the_old_bundle(built, reuse, tmp_path):
+    shutil.copytree(built[0] / "bundle", tmp_path / "out")
+    (tmp_path / "out" / "mark").write_text("old")
+    before = digests(tmp_path / "out")
+    config = BuildConfig(encoder_folder=built[0] / "set", out=tmp_path / "out", input_sizes=(24,))
+
+    def interrupt(done: int, total: int, doing: str) -> None:
+        if "z06 at 24" in doing:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(config, interrupt)
+    assert digests(tmp_path / "out") == before
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    build_engines(config)
+    assert "mark" not in digests(tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    EngineBundle.open(tmp_path / "out")
+
+
+class FakeBackend:
+    """Gives one embedding for all, spoilt by `spoil(embeddings)`."""
+
+    name = "fake"
+
+    def __init__(self, spoil):
+        self.spoil = spoil
+
+    def encode(self, encoder, pixels):
+        embeddings = np.zeros((len(pixels), 24), np.float32)
+        embeddings[:, 0] = 1
+        return self.spoil(embeddings)
+
+    def close(self):
+        pass
+
+
+def last_differs(embeddings):
+    if len(embeddings) > 1:
+        embeddings[-1, 1] = 3e-5
+    return embeddings
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (last_differs, "photo at 16 px: an embedding depends on its batch .* 3e-05"),
+        (lambda embeddings: embeddings * 1.01, "not of unit length"),
+        (lambda embeddings: embeddings * np.nan, "not of unit length"),
+    ],
+)
+def test_gates_on_batch_and_length(spoil, message):
+    with pytest.raises(ExportError, match=message):
+        parity.measure(FakeBackend(spoil), "photo", 16, None, lambda doing: None)
+    parity.measure(FakeBackend(lambda embeddings: embeddings), "photo", 16, None, lambda doing: None)
+
+
+def test_verify_accepts_a_good_bundle_and_finds_damage(built, tmp_path):
+    report = verify_bundle(built[0] / "bundle")
+    recorded = {row.artifact: row.min_cosine for row in built[1].rows if "head" in row.artifact}
+    found = {row.artifact: row.min_cosine for row in report.rows if "head" in row.artifact}
+    assert found == pytest.approx(recorded)
+    assert report.bytes == built[1].bytes
+    shutil.copytree(built[0] / "bundle", tmp_path / "out")
+    weights = tmp_path / "out" / "onnx" / "trunk.fp32.weights"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(BundleError, match=r"trunk\.fp32\.weights is damaged"):
+        verify_bundle(tmp_path / "out")
+    with pytest.raises(BundleError, match="no engine bundle"):
+        verify_bundle(tmp_path)
+
+
+def test_places_that_a_bundle_must_not_go(built, tmp_path, monkeypatch):
+    def build_into(out: Path) -> None:
+        build_engines(BuildConfig(encoder_folder=built[0] / "set", out=out))
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(ExportError, match="photos exists and is not an engine bundle"):
+        build_into(tmp_path / "photos")
+    with pytest.raises(ExportError, match=r"a\.jpg is a file"):
+        build_into(tmp_path / "photos" / "a.jpg")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(ExportError, match="has 1 MB free, and the bundle may need 10 MB"):
+        build_into(tmp_path / "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["photos"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "unknown precision 'fp8': this version has fp32"),
+        ({"checkpoints": Path("a"), "encoder_folder": Path("b")}, "not both"),
+        ({"input_sizes": (0,)}, "from 1 to 4096 pixels"),
+        ({"levels": ()}, "levels must increase strictly"),
+        ({"levels": (6, 4)}, "levels must increase strictly"),
+    ],
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ExportError, match=message):
+        BuildConfig(**options)
+
+
+def test_levels_that_the_encoders_do_not_have(built, tmp_path):
+    with pytest.raises(ExportError, match="has no head for z08"):
+        build_engines(BuildConfig(encoder_folder=built[0] / "set", out=tmp_path / "b", levels=(4, 8)))
+
+
+def test_without_the_export_extra_the_remedy_is_named(monkeypatch, tmp_path):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name))
+    with pytest.raises(ExportError, match=r"needs onnx, which .* `pip install 'geoengine\[export\]'`"):
+        build_engines(BuildConfig(out=tmp_path / "b"))
+
+
+def test_earth_bundles_take_the_usual_tile_sizes(monkeypatch):
+    class Earth:
+        world, image_size = "earth", 224
+
+    assert build._sides(BuildConfig(), Earth()) == (224, 256, 512)
+    assert build._sides(BuildConfig(input_sizes=()), Earth()) == (224,)
+
+
+def test_importing_the_configuration_loads_no_torch():
+    code = "import sys, geoengine.export.build; print({'torch', 'onnx', 'open_clip'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert result.stdout.strip() == "set()"
