@@ -2,7 +2,6 @@
 
 import numpy as np
 import numpy.typing as npt
-
 from geoengine.kernels.arguments import Rows, checked
 
 try:
@@ -21,18 +20,20 @@ def cosine_topk(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Return, for each query, the k rows of `embeddings` with the largest cosine.
 
-    `embeddings` is [n, d] and `queries` is [m, d], float32 or float16, of any length (not only unit rows). Products
-    are accumulated in float32. Returns `scores` float32[m, k'] in [-1, 1] and `indices` int64[m, k'] with
-    k' = min(k, n), best first; equal scores are ordered by the lower index. A row or query of zeros scores 0.
+    `embeddings` is [n, d] and `queries` is [m, d], float32 or float16; rows may have any length, not only 1.
+    Products are accumulated in float32. Returns `scores` float32[m, k'] in [-1, 1] and `indices` int64[m, k']
+    with k' = min(k, n), best first; equal scores are ordered by the lower index. A row or a query of zeros
+    scores 0.
 
-    `threads` is the number of threads; None starts more than one only when there is enough to do. The answer is the
-    same, bit for bit, for any number of threads, for any other queries in the call, and on any processor.
+    `threads` is the number of threads; None starts more than one only when there is enough to do. The answer
+    is the same, bit for bit, for any number of threads, any other queries in the call, and any processor.
 
-    C-contiguous embeddings are read where they are (memory-mapped ones too); anything else is copied first. The GIL
-    is released while it runs: do not change the arrays meanwhile.
+    C-contiguous embeddings are read where they are (memory-mapped ones too); anything else is copied first.
+    The GIL is released while it runs: do not change the arrays meanwhile.
 
-    Raises TypeError for anything but float32 or float16 arrays, and ValueError for a wrong number of dimensions,
-    widths that differ, k or threads below 1, and rows with NaN or infinity, which have no direction.
+    Raises TypeError for anything but float32 or float16 arrays, and ValueError for a wrong number of
+    dimensions, widths that differ, k or threads below 1, and rows with NaN or infinity, which have no
+    direction.
     """
     arguments = checked(embeddings, queries, k, threads)
     return _topk_cpu.cosine_topk(

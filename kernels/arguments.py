@@ -1,4 +1,4 @@
-"""The argument checks that the compiled kernel and its reference share: the same calls fail with the same words."""
+"""The checks that the compiled kernel and its reference share: the same calls fail with the same words."""
 
 from operator import index
 from typing import NamedTuple
@@ -10,7 +10,10 @@ Rows = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
 
 class Arguments(NamedTuple):
-    """Checked arguments: `embeddings` [n, d] and float32 `queries` [m, d] C-contiguous, 1 <= k, threads 0 for automatic."""
+    """Checked arguments, ready for the extension.
+
+    `embeddings` [n, d] and float32 `queries` [m, d] are C-contiguous; 1 <= k; `threads` is 0 for automatic.
+    """
 
     embeddings: Rows
     queries: npt.NDArray[np.float32]
@@ -19,12 +22,13 @@ class Arguments(NamedTuple):
 
 
 def checked(embeddings: Rows, queries: Rows, k: int, threads: int | None) -> Arguments:
-    """Return the arguments of `cosine_topk` ready for use, copying only what is not contiguous or not float32."""
+    """Return the arguments of `cosine_topk` ready for use; non-contiguous arrays and float16 queries are copied."""
     rows = _matrix("embeddings", embeddings)
     photos = _matrix("queries", queries)
     if photos.shape[1] != rows.shape[1]:
         raise ValueError(
-            f"queries must be [m, {rows.shape[1]}] like embeddings of shape {rows.shape}, got shape {photos.shape}"
+            f"queries must be [m, {rows.shape[1]}] like embeddings of shape {rows.shape}, "
+            f"got shape {photos.shape}"
         )
     kept = min(_at_least_one("k", k), max(rows.shape[0], 1))
     workers = 0 if threads is None else min(_at_least_one("threads", threads), max(rows.shape[0], 1))

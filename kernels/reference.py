@@ -2,7 +2,6 @@
 
 import numpy as np
 import numpy.typing as npt
-
 from geoengine.kernels.arguments import Rows, checked, not_finite
 
 
@@ -11,8 +10,8 @@ def cosine_topk(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Return what `geoengine.kernels.cosine_topk` returns, from sums in float64 rounded once to float32.
 
-    Arguments, order, ties and errors are those of the compiled kernel; scores agree to fp32 rounding, about
-    2^-23 times the square root of d. `threads` is checked and not used. Needs 8 n d bytes and one n-vector a query.
+    Arguments, order, ties and errors are those of the compiled kernel; scores agree to 1e-6, the rounding of
+    fp32 sums. `threads` is checked and not used. Makes a float64 copy of the embeddings.
     """
     rows, photos, k, _ = checked(embeddings, queries, k, threads)
     photo_units = _unit_rows("queries", photos)

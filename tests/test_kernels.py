@@ -1,23 +1,22 @@
-"""The compiled cosine top-k against its NumPy reference: by value and k-th best score, and its promises bit by bit."""
+"""The compiled cosine top-k against its NumPy reference by value and k-th score, and its promises by bits."""
 
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from geoengine.kernels import _topk_cpu, cosine_topk, kernel_names, reference
 from hypothesis import given
 from hypothesis import strategies as st
-
-from geoengine.kernels import _topk_cpu, cosine_topk, kernel_names, reference
 
 BOTH = pytest.mark.parametrize("topk", [cosine_topk, reference.cosine_topk], ids=["compiled", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float16])
 
 
 def random_rows(rng: np.random.Generator, n: int, d: int, dtype=np.float32) -> np.ndarray:
-    """Rows of random direction and length, about one in eight of them zero and one in eight a copy of another."""
+    """Rows of random direction and length, about one in eight zero and one in eight a copy of another."""
     rows = rng.standard_normal((n, d)) * 10.0 ** rng.uniform(-2, 2, (n, 1))
     rows[rng.random(n) < 0.125] = 0
     copies = np.flatnonzero(rng.random(n) < 0.125)
@@ -158,7 +157,9 @@ def test_length_does_not_matter_even_where_squares_overflow(topk, scale):
 @given(problems(), st.integers(1, 9))
 def test_thread_count_changes_no_bit(problem, threads):
     embeddings, queries, k = problem
-    assert_same(cosine_topk(embeddings, queries, k, threads=threads), cosine_topk(embeddings, queries, k, threads=1))
+    assert_same(
+        cosine_topk(embeddings, queries, k, threads=threads), cosine_topk(embeddings, queries, k, threads=1)
+    )
 
 
 def test_thread_count_changes_no_bit_where_threads_are_chosen_automatically():
@@ -216,13 +217,13 @@ def test_rows_that_are_not_finite_are_named(topk, dtype, value):
 
 
 def test_the_lowest_bad_row_is_named_by_any_number_of_threads():
-    # Threads take 1024 rows at a time: one meets its bad row last, the others theirs at once. The slowest kernel
-    # leaves all threads time to start.
+    # Threads take 1024 rows at a time: one meets its bad row last, the others theirs at once. The slowest
+    # kernel leaves all threads time to start.
     embeddings = np.ones((20_000, 64), np.float32)
     embeddings[3071] = np.nan
     embeddings[3072::1024] = np.nan
     for _ in range(20):
-        with pytest.raises(ValueError, match="in row 3071$"):
+        with pytest.raises(ValueError, match=r"in row 3071$"):
             _topk_cpu.cosine_topk(embeddings, embeddings[:8], 1, threads=4, kernel="portable")
 
 
@@ -243,7 +244,11 @@ def good(**changes: object) -> dict[str, object]:
         (good(queries=None), TypeError, "queries must be a NumPy array, got NoneType"),
         (good(embeddings=np.ones((4, 3))), TypeError, "embeddings must be float32 or float16, got float64"),
         (good(queries=np.ones((2, 3), int)), TypeError, "queries must be float32 or float16, got int64"),
-        (good(embeddings=np.ones((4, 3), ">f4")), TypeError, "embeddings must be float32 or float16, got >f4"),
+        (
+            good(embeddings=np.ones((4, 3), ">f4")),
+            TypeError,
+            "embeddings must be float32 or float16, got >f4",
+        ),
         (
             good(embeddings=np.ones(3, np.float32)),
             ValueError,
@@ -275,7 +280,11 @@ def test_bad_arguments_are_named(topk, arguments, error, message):
     ("arguments", "error", "message"),
     [
         (good(embeddings=np.ones((4, 3))), TypeError, "embeddings must be float32 or float16, got float64"),
-        (good(embeddings=np.ones((4, 3), ">f2")), TypeError, "embeddings must be float32 or float16, got >f2"),
+        (
+            good(embeddings=np.ones((4, 3), ">f2")),
+            TypeError,
+            "embeddings must be float32 or float16, got >f2",
+        ),
         (good(queries=np.ones((2, 3), np.float16)), TypeError, "queries must be float32, got float16"),
         (good(queries=np.ones(3, np.float32)), ValueError, "queries must be a two-dimensional, aligned"),
         (good(embeddings=np.ones((3, 4), np.float32).T), ValueError, "embeddings must be a two-dimensional"),
@@ -313,10 +322,10 @@ print(all(np.array_equal(a, b) for a, b in zip(alone, crowd)))
 
 
 def test_other_python_threads_run_meanwhile():
-    # About a third of a second of work in the slowest kernel; with the GIL held the loop below would not turn.
+    # A third of a second of work in the slowest kernel; with the GIL held the loop below would not turn.
     rows = np.random.default_rng(0).standard_normal((150_000, 64)).astype(np.float32)
-    scan: Callable[[], object] = lambda: _topk_cpu.cosine_topk(rows, rows[:2], 5, threads=1, kernel="portable")  # noqa: E731
-    thread = threading.Thread(target=scan)
+    slowest = {"threads": 1, "kernel": "portable"}
+    thread = threading.Thread(target=_topk_cpu.cosine_topk, args=(rows, rows[:2], 5), kwargs=slowest)
     thread.start()
     turns = 0
     while thread.is_alive():
@@ -329,16 +338,10 @@ def test_calls_from_several_python_threads_do_not_disturb_each_other():
     rng = np.random.default_rng(6)
     embeddings, queries = random_rows(rng, 3000, 48), random_rows(rng, 8, 48)
     expected = cosine_topk(embeddings, queries, 30)
-    answers: list[tuple[np.ndarray, np.ndarray]] = []
-    call = lambda: answers.append(cosine_topk(embeddings, queries, 30, threads=2))  # noqa: E731
-    threads = [threading.Thread(target=call) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == 8
-    for answer in answers:
-        assert_same(answer, expected)
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(cosine_topk, embeddings, queries, 30, threads=2) for _ in range(16)]
+    for call in calls:
+        assert_same(call.result(), expected)
 
 
 def test_a_missing_extension_is_one_sentence():
@@ -350,4 +353,6 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "building it is part of installing, so run `pip install .` in the source folder" in run_python(code)
+    assert "building it is part of installing, so run `pip install .` in the source folder (" in run_python(
+        code
+    )

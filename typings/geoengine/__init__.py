@@ -1,0 +1,1 @@
+../../geoengine/__init__.py

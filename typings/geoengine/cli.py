@@ -1,0 +1,1 @@
+../../geoengine/cli.py
