@@ -22,7 +22,7 @@ class Arguments(NamedTuple):
 
 
 def checked(embeddings: Rows, queries: Rows, k: int, threads: int | None) -> Arguments:
-    """Return the arguments of `cosine_topk` ready for use; non-contiguous arrays and float16 queries are copied."""
+    """Return the arguments of `cosine_topk` ready for use; copies only where the extension needs it."""
     rows = _matrix("embeddings", embeddings)
     photos = _matrix("queries", queries)
     if photos.shape[1] != rows.shape[1]:

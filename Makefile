@@ -1,0 +1,43 @@
+# Each target sets up what it needs in .venv, once: `make locate` the package alone, `make test` everything.
+# Needs Python >= 3.11 (choose one with PYTHON=...), a C++17 compiler and make; pip brings CMake and Ninja.
+PYTHON ?= python3
+PHOTO ?= $(firstword $(sort $(wildcard tests/data/photos/*.jpg)))
+VENV ?= .venv
+DIST ?= dist
+
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
+
+.PHONY: locate test lint wheel clean
+
+locate: $(VENV)/base.stamp
+	@$(VENV)/bin/geoengine locate --demo $(PHOTO)
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/pytest
+
+lint: $(VENV)/test.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+wheel: $(VENV)/bin/python
+	$(VENV)/bin/pip wheel --no-deps --wheel-dir $(DIST) .
+
+clean:
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/base.stamp: $(BUILD_INPUTS) | $(VENV)/bin/python
+	$(VENV)/bin/pip install --editable .
+	@touch $@
+
+# The test extra's environment serves the base targets too.
+$(VENV)/test.stamp: $(BUILD_INPUTS) | $(VENV)/bin/python
+	$(VENV)/bin/pip install --editable '.[export,test]'
+	@touch $(VENV)/base.stamp $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'geoengine needs Python 3.11 or newer: name one that is installed, as in make PYTHON=python3.12' >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null \
+	  || { echo 'geoengine needs a C++17 compiler: install one, such as g++, or name it, as in make CXX=clang++' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
