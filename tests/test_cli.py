@@ -159,7 +159,8 @@ def test_gps_tags_are_read_only_when_asked(engine, photo, monkeypatch):
 
     monkeypatch.setattr("geoengine.engine.photos.read_gps", read_gps)
     asked = False
-    assert "GPS" not in run("locate", photo, "--demo").stdout
+    unasked = run("locate", photo, "--demo")
+    assert unasked.exit_code == 0 and "GPS" not in unasked.stdout
     asked = True
     assert (
         "which means nothing: the answer is not on Earth"
@@ -268,6 +269,8 @@ def test_without_a_single_good_photo_the_status_is_2(engine, tmp_path, content):
     result = run("locate", path, "--demo", "--map", page, "--geojson")
     refused(result, str(path))
     assert not page.exists()
+    assert engine.calls == []
+    assert engine.opened is None or content is not None, "missing files are found before anything is loaded"
 
 
 def test_large_photos_are_refused(engine, photo):

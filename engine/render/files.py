@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from pathlib import Path
 
 from geoengine.engine.errors import GeoEngineError
@@ -30,6 +29,8 @@ def write_atomically(path: Path, text: str) -> None:
     On any failure, an interrupt included, the temporary file is removed and an older file at `path` is left
     as it was. Raises OutputError when the system refuses.
     """
+    import secrets
+
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as file:

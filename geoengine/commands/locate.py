@@ -104,7 +104,6 @@ def locate(
         for batch in session.locate(engine, paths):
             if output is not Output.GEOJSON:
                 write_result(output.text(batch))
-                sys.stdout.flush()
         if session.located and output is Output.GEOJSON:
             write_result(output.text(session.located))
         if session.located and map_file is not None:

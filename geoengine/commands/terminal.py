@@ -32,24 +32,15 @@ class PlainGroup(TyperGroup):
     """Commands that fail with one sentence on stderr and an exit status, not with a traceback."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer's signature
-        """Run the command; what it printed has left for stdout when this returns."""
+        """Run the command."""
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
+            return super().invoke(ctx)
         except GeoEngineError as error:
             complain(str(error))
             raise typer.Exit(Exit.FAILED) from None
         except KeyboardInterrupt:
             complain("interrupted")
             raise typer.Exit(Exit.INTERRUPTED) from None
-        except BrokenPipeError:  # `geoengine … | head`
-            # Python flushes stdout once more at exit, and would complain then.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(Exit.BROKEN_PIPE) from None
-        except OSError as error:  # stdout is a file on a full disk
-            complain(f"the results cannot be written ({error.strerror or error})")
-            raise typer.Exit(Exit.FAILED) from None
-        return result
 
 
 def complain(message: str) -> None:
@@ -60,8 +51,21 @@ def complain(message: str) -> None:
 
 
 def write_result(text: str) -> None:
-    """Write to stdout."""
-    sys.stdout.write(text)
+    """Write to stdout, at once; ends the command quietly when the reader is gone, as in `geoengine … | head`.
+
+    Raises OutputError when stdout is a file that cannot be written.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes what is left once more at exit, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(Exit.BROKEN_PIPE) from None
+        from geoengine.engine.render.files import OutputError
+
+        raise OutputError(f"the results cannot be written ({error.strerror or error})") from None
 
 
 @contextmanager
