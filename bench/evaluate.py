@@ -159,8 +159,7 @@ class _Tally:
     def _kept(self, truth: Sequence[LngLat], zoom: int) -> Iterator[bool]:
         """Whether the true tile of a zoom is in that level's beam, for each photo."""
         for location, place in zip(self.locations, truth, strict=True):
-            beams = [level.beam for level in location.levels if level.zoom == zoom]
-            yield tile_at(place, zoom) in {scored.tile for beam in beams for scored in beam}
+            yield tile_at(place, zoom) in {scored.tile for level in location.levels for scored in level.beam}
 
 
 def _evaluate(

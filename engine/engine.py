@@ -43,7 +43,11 @@ class GeoEngine:
     """
 
     def __init__(self, bundle: EngineBundle, source: TileSource, backend: Backend) -> None:
-        _check_worlds(bundle, source)
+        if bundle.world != source.world:
+            raise BundleError(
+                f"the encoders of engine bundle {bundle.path} know the world {bundle.world!r}, and the tiles "
+                f"of {source.name} show {source.world!r}: give a bundle and tiles of the same world"
+            )
         self.bundle = bundle
         self.source = source
         self.backend = backend
@@ -78,8 +82,9 @@ class GeoEngine:
                 undo.callback(source.close)
             else:
                 source = tiles
-            _check_worlds(opened, source)  # before the backend, which takes longer to open
-            engine = cls(opened, source, open_backend(opened, backend=backend, threads=threads))
+            opened_backend = open_backend(opened, backend=backend, threads=threads)
+            undo.callback(opened_backend.close)
+            engine = cls(opened, source, opened_backend)
             undo.pop_all()
         return engine
 
@@ -212,11 +217,3 @@ def _path(tile: Tile, levels: Sequence[Level]) -> tuple[ScoredTile, ...]:
         ancestor = parent(tile, level.zoom)
         path.append(next(scored for scored in level.beam if scored.tile == ancestor))
     return tuple(path)
-
-
-def _check_worlds(bundle: EngineBundle, source: TileSource) -> None:
-    if bundle.world != source.world:
-        raise BundleError(
-            f"the encoders of engine bundle {bundle.path} know the world {bundle.world!r}, and the tiles of "
-            f"{source.name} show {source.world!r}: give a bundle and tiles of the same world"
-        )

@@ -23,7 +23,7 @@ Encode: TypeAlias = Callable[[str, NDArray[np.uint8]], NDArray[np.float32]]
 Progress: TypeAlias = Callable[[int, int, int, int], None]
 """(level index, zoom, tiles done, tiles in all), often; a level's last call has as many done as there are."""
 
-ENCODE_CHUNK = 64
+ENCODE_CHUNK = 32
 """Pictures handed to the encoder at once, fewer at the end of a level; bounds memory."""
 
 READ_AHEAD = 2

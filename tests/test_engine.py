@@ -212,6 +212,11 @@ def test_worlds_must_match(tmp_path, bundles, tiles):
     assert source.closed == 0  # it stays the caller's
 
 
+def test_worlds_must_match_however_an_engine_is_made(folder, engine):
+    with pytest.raises(BundleError, match="give a bundle and tiles of the same world"):
+        GeoEngine(EngineBundle.open(folder), NoiseTiles(world="earth"), engine.backend)
+
+
 def test_a_source_that_was_opened_here_is_closed_on_failure(folder, monkeypatch):
     source = NoiseTiles()
     monkeypatch.setattr(engine_module, "open_source", lambda spec: source)
@@ -225,6 +230,8 @@ def test_a_planet_bundle_brings_its_tiles_and_an_earth_bundle_does_not(folder, t
     monkeypatch.setattr(engine_module, "open_source", lambda spec: specs.append(spec) or source)
     with GeoEngine.open(folder) as engine:
         assert engine.source is source
+        assert source.closed == 0
+        assert engine.locate([photo(1)], config=CONFIG)
     assert specs == ["planet"]
     with pytest.raises(SourceError, match=r"no tile source given: name a URL template with \{z\}, \{x\}"):
         GeoEngine.open(write_tiny_bundle(tmp_path / "earth", world="earth"))

@@ -66,6 +66,12 @@ def test_wilson_intervals_end_where_the_score_test_rejects(hits, total):
     assert (share.low == 0, share.high == 1) == (hits == 0, hits == total)
 
 
+def test_wilson_intervals_of_none_and_all_end_exactly():
+    for total in range(1, 200):
+        assert wilson_share(0, total).low == 0.0
+        assert wilson_share(total, total).high == 1.0
+
+
 @pytest.mark.parametrize(("hits", "total"), [(-1, 3), (4, 3), (0, 0)])
 def test_impossible_shares(hits, total):
     with pytest.raises(ValueError, match="need 0 <= hits <= total"):

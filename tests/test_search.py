@@ -323,13 +323,17 @@ def test_read_ahead_keeps_order_and_stays_close():
 
 
 def test_leaving_read_ahead_closes_the_producer_on_its_thread():
-    closed_on = []
+    closed_on, iterators = [], []
 
-    def produce():
+    def numbers():
         try:
             yield from range(1000)
         finally:
             closed_on.append(threading.current_thread().name)
+
+    def produce():
+        iterators.append(numbers())  # held, so that it does not just end with its last reference
+        return iterators[0]
 
     with ReadAhead(produce, depth=1) as ahead:
         assert next(iter(ahead)) == 0

@@ -61,7 +61,7 @@ class OnnxRuntimeCpu:
             batch = pixels[start : start + MAX_BATCH]
             if size is not None:
                 batch = np.stack([center_square(picture, size) for picture in batch])
-            tokens = self._run(trunk_path, "tokens", np.ascontiguousarray(batch))
+            tokens = self._run(trunk_path, "tokens", batch)
             embeddings[start : start + MAX_BATCH] = self._run(head_path, "embedding", tokens)
         return embeddings
 
