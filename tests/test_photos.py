@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -45,6 +46,23 @@ def exif_with(tag, value):
     exif = Image.Exif()
     exif[tag] = value
     return exif
+
+
+def tiff(pixels, side, bits, *extra, big=False):
+    """A square grey TIFF file of one strip, by hand; `extra` are directory entries (tag, type, value)."""
+    number, entry = ("<Q", 20) if big else ("<I", 12)
+    entries = [(256, 3, side), (257, 3, side), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, None)]
+    entries += [(277, 3, 1), (278, 3, side), (279, 4, len(pixels)), *extra]
+    entries.sort(key=lambda row: row[0])
+    if big:
+        head = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, len(entries))
+    else:
+        head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    start = len(head) + entry * len(entries) + struct.calcsize(number)
+    for tag, kind, value in entries:
+        head += struct.pack("<HH", tag, kind) + struct.pack(number, 1)
+        head += struct.pack(number, start if tag == 273 else value)
+    return head + struct.pack(number, 0) + pixels
 
 
 def assert_close(pixels, expected, tolerance=0):
@@ -113,22 +131,26 @@ def test_twelve_bits_are_scaled_too():
     twelve = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)
     pairs = twelve.reshape(-1, 2).astype(np.uint32)
     packed = (pairs[:, 0] << 12 | pairs[:, 1]).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
-    entries = [(256, 3, 16), (257, 3, 16), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 134), (277, 3, 1)]
-    entries += [(278, 3, 16), (279, 4, len(packed))]
-    directory = b"".join(
-        struct.pack("<HHI", tag, kind, 1) + struct.pack("<I", value) for tag, kind, value in entries
-    )
-    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + struct.pack("<I", 0)
-    data = head + bytes(134 - len(head)) + packed
-    assert_close(read_photo(data).pixels[..., 0], (twelve >> 4).astype(np.uint8))
+    expected = np.repeat((twelve >> 4).astype(np.uint8)[..., None], 3, axis=2)
+    assert_close(read_photo(tiff(packed, 16, 12)).pixels, expected)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tiffs_of_fractions(channels):
-    fractions = (scene() / 255).astype(np.float32)
-    fractions = fractions[..., 0] if channels == 1 else fractions[..., ::-1]
+    fractions = ((scene() + 0.4) / 255).astype(np.float32)
+    fractions = np.ascontiguousarray(fractions[..., 0] if channels == 1 else fractions[..., ::-1])
     expected = np.repeat(scene()[..., :1], 3, axis=2) if channels == 1 else scene()
     assert_close(read_photo(cv2.imencode(".tiff", fractions)[1].tobytes()).pixels, expected)
+    fractions += np.float32(0.2 / 255)  # now nearer to the next value
+    assert_close(read_photo(cv2.imencode(".tiff", fractions)[1].tobytes()).pixels, expected + 1)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_tiffs_that_pillow_does_not_know(big):
+    fractions = np.linspace(0, 1, 256).reshape(16, 16)
+    expected = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+    sample_format = (339, 3, 3)  # IEEE floats, here of 64 bits
+    assert_close(read_photo(tiff(fractions.tobytes(), 16, 64, sample_format, big=big)).pixels, expected)
 
 
 def test_cmyk_pixels():
@@ -229,6 +251,16 @@ def test_damaged_exif_neither_warns_nor_breaks(exif):
     data = encoded(scene(), "JPEG", quality=95, subsampling=0, exif=exif)
     assert_close(read_photo(data).pixels, scene(), 6)
     assert read_gps(data) is None
+
+
+def test_a_damaged_exif_directory_of_a_tiff_neither_warns_nor_breaks():
+    exif_directory = (34665, 4, 10**6)  # far beyond the end of the file
+    assert read_photo(tiff(bytes(256), 16, 8, exif_directory)).pixels.shape == (16, 16, 3)
+
+
+def test_an_orientation_that_is_text_is_ignored():
+    text = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI4s", ORIENTATION, 2, 4, b"abc\0") + bytes(4)
+    assert_close(read_photo(encoded(scene(), "PNG", exif=text)).pixels, scene())
 
 
 # --- other sources -----------------------------------------------------------------------------------------
@@ -379,12 +411,20 @@ def test_other_arrays_are_refused(array, message):
         read_photo(array)
 
 
-def test_pixel_values_that_are_no_photo_are_refused():
-    elevations = cv2.imencode(".tiff", np.full((4, 4), -3.5, np.float32))[1].tobytes()
-    with pytest.raises(
-        PhotoError, match=r"x: its pixel values, -3\.5 to -3\.5, are neither 16-bit nor fractions"
-    ):
-        read_photo(elevations, name="x")
+@pytest.mark.parametrize(
+    ("values", "bits", "sample_format", "said"),
+    [
+        (np.full((4, 4), -3.5, np.float32), 32, 3, r"-3\.5 to -3\.5"),
+        (np.full((4, 4), 2.5, np.float32), 32, 3, r"2\.5 to 2\.5"),
+        (np.full((4, 4), np.nan, np.float32), 32, 3, "nan to nan"),
+        (np.full((4, 4), 70000, np.uint32), 32, 1, "70000 to 70000"),
+        (np.full((4, 4), -2, np.int32), 32, 2, "-2 to -2"),
+    ],
+)
+def test_pixel_values_that_are_no_photo_are_refused(values, bits, sample_format, said):
+    message = f"x: its pixel values, {said}, are neither 16-bit nor fractions of 1"
+    with pytest.raises(PhotoError, match=message):
+        read_photo(tiff(values.tobytes(), 4, bits, (339, 3, sample_format)), name="x")
 
 
 def test_random_damage_ends_in_pixels_or_one_sentence():
@@ -409,21 +449,22 @@ def test_random_damage_ends_in_pixels_or_one_sentence():
 
 
 def test_threads_do_not_disturb_each_other_or_the_warning_filters():
-    before = list(warnings.filters)
+    before, interval = list(warnings.filters), sys.getswitchinterval()
     data = [encoded(scene(), "JPEG", quality=95, subsampling=0), encoded(scene(), "TIFF")]
     wrong = []
 
     def read():
-        for _ in range(20):
-            for source in data:
-                if np.abs(read_photo(source).pixels.astype(int) - scene()).max() > 6:
-                    wrong.append(source)
+        for source in data * 20:
+            if np.abs(read_photo(source).pixels.astype(int) - scene()).max() > 6:
+                wrong.append(source)
 
     threads = [threading.Thread(target=read) for _ in range(4)]
+    sys.setswitchinterval(1e-6)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(interval)
     assert not wrong
     assert list(warnings.filters) == before
 
@@ -483,12 +524,12 @@ def test_gps_of_a_file_that_is_no_photo(tmp_path):
 
 
 def test_folders_become_their_images(tmp_path):
-    for name in ("b.JPG", "a.heic", "c.txt", ".hidden.jpg", "d.tiff", "odd.data"):
+    images = ["b.JPG", "a.heic", "d.tiff", *(f"e{i}.png" for i in range(30, 10, -1))]
+    for name in (*images, "c.txt", ".hidden.jpg", "odd.data"):
         (tmp_path / name).touch()
     (tmp_path / "deeper.jpg").mkdir()
     given = [str(tmp_path / "odd.data"), tmp_path]
-    expected = [tmp_path / name for name in ("odd.data", "a.heic", "b.JPG", "d.tiff")]
-    assert expand_photo_paths(given) == expected
+    assert expand_photo_paths(given) == [tmp_path / name for name in ("odd.data", *sorted(images))]
 
 
 def test_folders_and_paths_that_hold_no_photo(tmp_path):
