@@ -80,6 +80,24 @@ def test_folder_is_not_written_over_something_else(tmp_path):
         save(tmp_path / "photos", tower_states(["photo", "z04", "z06"], 1))
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    for name in ("set", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mark").write_text(name)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError("disk gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="disk gone"):
+        encoders.replace_folder(tmp_path / "new", tmp_path / "set")
+    assert (tmp_path / "set" / "mark").read_text() == "set"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "set"]
+
+
 def test_saving_refuses_unequal_trunks_wrong_shapes_and_overflow(tmp_path):
     states = tower_states(["photo", "z04", "z06"], 0)
     with pytest.raises(ExportError, match="trunk tensors given with z04 differ"):
