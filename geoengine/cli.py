@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from geoengine.commands import build_engines, doctor, evaluate, locate
+from geoengine.commands import build_engines, doctor, evaluate, locate, train
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command()(locate.locate)
 app.command()(build_engines.build_engines)
 app.command()(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(train.app, name="train")
 
 
 def _print_version(wanted: bool) -> None:

@@ -28,7 +28,7 @@ class FineTuneConfig:
     ridge: float = 1e-3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class PairSet:
     """Photos and the tiles of one level that they were taken in.
 
@@ -66,9 +66,8 @@ def encode_in_batches(
     tower: nn.Module, tokens: torch.Tensor, trunk_layers: int, size: int = 256
 ) -> torch.Tensor:
     """Class features float32[t, width] of trunk tokens, before the projection, without gradients."""
-    with torch.inference_mode():
-        parts = [head_features(tower, part.float(), trunk_layers) for part in tokens.split(size)]
-    return torch.cat(parts).clone()
+    with torch.no_grad():
+        return torch.cat([head_features(tower, part.float(), trunk_layers) for part in tokens.split(size)])
 
 
 def fine_tune(
@@ -110,5 +109,5 @@ def fine_tune(
         schedule.step()
         losses.append(loss.item())
     return FineTuneResult(
-        float(np.mean(losses[:10])), float(np.mean(losses[-10:])), min(100.0, float(log_scale.exp()))
+        float(np.mean(losses[:10])), float(np.mean(losses[-10:])), min(100.0, math.exp(log_scale.item()))
     )

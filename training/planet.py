@@ -1,7 +1,7 @@
 """Train the planet's encoders: one photo encoder, seven map encoders, one shared trunk.
 
-`python -m geoengine.training.planet --out training/weights/planet` reproduces the weights in the repository;
-`log.csv` beside them holds the figures of that run. First one ViT learns to caption photos and tiles alike
+`geoengine train planet --out training/weights/planet` reproduces the weights in the repository;
+`planet-log.csv` beside them holds the figures of that run. First one ViT learns to caption photos and tiles alike
 (`pretrain`). It is the photo encoder from then on, frozen. The map encoders are fine-tuned from it in the
 paper's order, zoom 16 first and each next one from the one before: trunk frozen and its tokens computed once,
 projection fitted in closed form, last two blocks trained contrastively with siblings as negatives.
@@ -9,20 +9,21 @@ projection fitted in closed form, last two blocks trained contrastively with sib
 
 from __future__ import annotations
 
-import argparse
 import copy
 import csv
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from geoengine.engine.bundle import PHOTO, encoder_name
 from geoengine.engine.tiles import LEVELS
-from geoengine.export.encoders import PHOTO, VisionConfig, map_encoder, save_encoder_folder
+from geoengine.export.encoders import VisionConfig, save_encoder_folder
 from geoengine.training import planet_data as data
 from geoengine.training.contrastive import (
     FineTuneConfig,
@@ -34,6 +35,7 @@ from geoengine.training.contrastive import (
 )
 from geoengine.training.pretrain import Log, PretrainConfig, caption_projection, normalise, pretrain
 from geoengine.training.towers import trunk_tokens
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 VISION = VisionConfig(
@@ -56,15 +58,19 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanetTrainingConfig:
-    """How much to render and how long to train; the defaults made the weights in the repository."""
+    """How much to render and how long to train; the defaults made the weights in the repository.
 
-    places: int = 24_000
-    tiles_per_level: int = 8_000
-    pair_places: int = 10_000
-    validation_places: int = 1_000
+    `pretrained` names what an earlier run wrote beside its weights; the caption regression is then left out.
+    """
+
+    places: int = 16_000
+    tiles_per_level: int = 6_000
+    pair_places: int = 6_000
+    validation_places: int = 500
     workers: int = 2
     threads: int = 1
     seed: int = 1
+    pretrained: Path | None = None
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
 
@@ -78,10 +84,14 @@ def train_planet(out: Path, config: PlanetTrainingConfig, log: Log) -> None:
         [data.land_places(rng, config.places // 2), data.clustered_places(rng, config.places // 2)]
     )
     photos = data.render_photos(places, config.seed, config.workers)
-    tower = VISION.build().train()
-    tiles = _pretraining_tiles(rng, places, config)
-    projection = caption_projection(config.seed, VISION.output_dim)
-    pretrain(tower, photos, tiles, projection, (MEAN, STD), config.pretrain, log)
+    tower = VISION.build()
+    if config.pretrained is None:
+        tiles = _pretraining_tiles(rng, places, config)
+        projection = caption_projection(config.seed, VISION.output_dim)
+        pretrain(tower.train(), photos, tiles, projection, (MEAN, STD), config.pretrain, log)
+        save_file(tower.state_dict(), out.with_name(f"{out.name}-pretrained.safetensors"))
+    else:
+        tower.load_state_dict(load_file(config.pretrained))
     heads, scales = fine_tune_levels(tower.eval(), places, photos, config, log)
     save_encoder_folder(
         out,
@@ -118,8 +128,8 @@ def fine_tune_levels(
         before = recall_at_1(current, validation)
         result = fine_tune(current, pairs, _batches(rng, pairs, extra), TRUNK_LAYERS, config.fine_tune)
         _report(log, level, result, before, recall_at_1(current, validation), started)
-        heads[map_encoder(level)] = copy.deepcopy(current.state_dict())
-        scales[map_encoder(level)] = result.logit_scale
+        heads[encoder_name(level)] = copy.deepcopy(current.state_dict())
+        scales[encoder_name(level)] = result.logit_scale
     return heads, scales
 
 
@@ -134,9 +144,13 @@ def recall_at_1(tower: nn.Module, pairs: PairSet) -> float:
 
 def embed_photos(tower: nn.Module, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
     """Embed uint8[n, S, S, 3] pictures with the whole tower; float32[n, d], not normalised."""
-    with torch.inference_mode():
-        parts = [tower(normalise(pixels[i : i + 256], MEAN, STD)) for i in range(0, len(pixels), 256)]
-    return torch.cat(parts).clone()
+    with torch.no_grad():
+        return torch.cat([tower(images) for images in _images(pixels)])
+
+
+def _images(pixels: npt.NDArray[np.uint8], size: int = 256) -> Iterator[torch.Tensor]:
+    for start in range(0, len(pixels), size):
+        yield normalise(pixels[start : start + size], MEAN, STD)
 
 
 def _pretraining_tiles(
@@ -171,13 +185,8 @@ def _pairs(
     xy, row = np.unique(np.concatenate([own, siblings, anywhere]), axis=0, return_inverse=True)
     row = row.reshape(-1)
     pixels = data.render_tiles(level, xy, config.workers).pixels
-    with torch.inference_mode():
-        tokens = torch.cat(
-            [
-                trunk_tokens(tower, normalise(pixels[i : i + 256], MEAN, STD), TRUNK_LAYERS).half()
-                for i in range(0, len(pixels), 256)
-            ]
-        ).clone()
+    with torch.no_grad():
+        tokens = torch.cat([trunk_tokens(tower, images, TRUNK_LAYERS).half() for images in _images(pixels)])
     pairs = PairSet(photo_embeddings, tokens, torch.from_numpy(row[: len(own)].copy()))
     return pairs, np.unique(row[len(own) :])
 
@@ -197,7 +206,7 @@ def _report(
     log: Log, level: int, result: FineTuneResult, before: float, after: float, started: float
 ) -> None:
     figures = {"recall_before": before, "recall_after": after, "seconds": time.perf_counter() - started}
-    log({"stage": map_encoder(level), **asdict(result), **figures})
+    log({"stage": encoder_name(level), **asdict(result), **figures})
 
 
 class CsvLog:
@@ -214,22 +223,15 @@ class CsvLog:
         self._writer = csv.DictWriter(self._file, self.COLUMNS)
         self._writer.writeheader()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def __call__(self, entry: dict[str, float | str]) -> None:
         """Write one entry; numbers keep four significant digits."""
         short = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in entry.items()}
         self._writer.writerow(short)
         self._file.flush()
         print(", ".join(f"{key} {value}" for key, value in short.items()), flush=True)
-
-
-def main() -> None:
-    """Run the training from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("training/weights/planet"))
-    out: Path = parser.parse_args().out
-    log = CsvLog(out.with_name(f"{out.name}-log.csv"))
-    train_planet(out, PlanetTrainingConfig(), log)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -109,8 +110,12 @@ def _parts(xy: Int64Array, size: int = 256) -> list[tuple[int, Int64Array]]:
 
 
 def _gather(task: Callable[..., Pictures], tasks: list[tuple[object, ...]], workers: int) -> Pictures:
-    with ProcessPoolExecutor(workers, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        done = list(pool.map(task, *zip(*tasks, strict=True)))
+    if workers == 1:
+        done = [task(*arguments) for arguments in tasks]
+    else:
+        context = multiprocessing.get_context("spawn")  # forking a process with torch's threads can hang
+        with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (1,)) as pool:
+            done = list(pool.map(task, *zip(*tasks, strict=True)))
     return Pictures(
         np.concatenate([part.pixels for part in done]), np.concatenate([part.captions for part in done])
     )

@@ -1,0 +1,1 @@
+"""What runs when a photo is located: tiles, sources, backends, search, results."""
