@@ -19,5 +19,6 @@ def require_extra(extra: str, modules: tuple[str, ...], doing: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"{doing} needs {', '.join(missing)}, which is not installed: run `pip install 'geoengine[{extra}]'`"
+            f"{doing} needs {', '.join(missing)}, which is not installed: "
+            f"run `pip install 'geoengine[{extra}]'`"
         )

@@ -1,10 +1,10 @@
 """Train the planet's encoders: one photo encoder, seven map encoders, one shared trunk.
 
 `geoengine train planet --out training/weights/planet` reproduces the weights in the repository;
-`planet-log.csv` beside them holds the figures of that run. First one ViT learns to caption photos and tiles alike
-(`pretrain`). It is the photo encoder from then on, frozen. The map encoders are fine-tuned from it in the
-paper's order, zoom 16 first and each next one from the one before: trunk frozen and its tokens computed once,
-projection fitted in closed form, last two blocks trained contrastively with siblings as negatives.
+`planet-log.csv` beside them holds the figures of that run. First one ViT learns to caption photos and tiles
+alike (`pretrain`). It is the photo encoder from then on, frozen. The map encoders are fine-tuned from it in
+the paper's order, zoom 16 first and each next one from the one before: trunk frozen and its tokens computed
+once, projection fitted in closed form, last two blocks trained contrastively with siblings as negatives.
 """
 
 from __future__ import annotations

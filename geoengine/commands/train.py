@@ -23,9 +23,7 @@ def planet(
     out: Annotated[Path, typer.Option(help="Folder of the encoders.", metavar="DIR")] = Path("runs/planet"),
     pretrained: Annotated[
         Path | None,
-        typer.Option(
-            help="Skip the caption regression: start from what an earlier run wrote.", metavar="FILE"
-        ),
+        typer.Option(help="Skip the caption regression: start from an earlier run's file.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Train the encoders of the built-in demo planet, from nothing, in under an hour on two cores.

@@ -53,7 +53,8 @@ function glide(to) {
   cancelAnimationFrame(frame);
   const from = { ...view }, start = performance.now(), duration = calm.matches ? 0 : 650;
   const tick = (now) => {
-    const t = duration ? Math.min(1, (now - start) / duration) : 1, e = t * t * (3 - 2 * t);
+    // A frame's time may lie a little before the call that asked for it.
+    const t = duration ? Math.max(0, Math.min(1, (now - start) / duration)) : 1, e = t * t * (3 - 2 * t);
     const scale = from.scale * (to.scale / from.scale) ** e;
     // Moves the centre so that the point both views agree on stays where it is on the screen.
     const part = Math.abs(to.scale / from.scale - 1) < 1e-6 ? e : (1 / from.scale - 1 / scale) / (1 / from.scale - 1 / to.scale);
@@ -320,7 +321,12 @@ byId("map").addEventListener("pointermove", (event) => {
   draw();
 });
 for (const name of ["pointerup", "pointercancel"]) byId("map").addEventListener(name, (event) => pointers.delete(event.pointerId));
-byId("map").addEventListener("wheel", (event) => { event.preventDefault(); zoom(2 ** (-event.deltaY / 300), event); draw(); }, { passive: false });
+byId("map").addEventListener("wheel", (event) => {
+  event.preventDefault();
+  cancelAnimationFrame(frame);
+  zoom(2 ** (-event.deltaY / 300), event);
+  draw();
+}, { passive: false });
 function zoom(factor, at) {
   const frameBox = byId("map").getBoundingClientRect(), [w, h] = size();
   const dx = at.clientX - frameBox.left - w / 2, dy = at.clientY - frameBox.top - h / 2;
