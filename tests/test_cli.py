@@ -1,3 +1,4 @@
+import inspect
 import json
 from importlib.metadata import version
 
@@ -5,8 +6,10 @@ import numpy as np
 import pytest
 from geoengine.engine import engine as engine_module
 from geoengine.engine.errors import SourceError
+from geoengine.engine.photos import PhotoLimits
 from geoengine.engine.render import files
 from geoengine.engine.results import HYPOTHESIS
+from geoengine.engine.search import SearchConfig
 from geoengine.engine.tiles import LngLat
 from made_results import MadeSource, made_location
 from PIL import Image
@@ -14,6 +17,7 @@ from tiny_bundle import write_tiny_bundle
 from typer.testing import CliRunner
 
 from geoengine.cli import app
+from geoengine.commands.locate import locate
 
 
 class MadeEngine:
@@ -21,7 +25,7 @@ class MadeEngine:
 
     def __init__(self, world="planet"):
         self.source = MadeSource(world=world)
-        self.bundle = type("Bundle", (), {"image_size": 8, "world": world})
+        self.bundle = type("Bundle", (), {"image_size": 8, "world": world, "levels": (4, 6, 8)})
         self.calls = []
         self.opened = None
         self.error = None
@@ -118,6 +122,14 @@ def test_options_reach_the_engine(engine, photo):
     assert (config.k, config.levels, config.top) == (7, (4, 6, 8), 2)
     assert engine.opened[2:] == ("onnxruntime-cpu", 1)
     assert len(json.loads(result.stdout)["candidates"]) == 2
+
+
+def test_the_defaults_are_those_of_the_library_and_the_bundle(engine, photo):
+    run("locate", photo, "--demo")
+    [(_, config)] = engine.calls
+    assert config == SearchConfig(levels=(4, 6, 8))
+    limits = inspect.signature(locate).parameters["max_megapixels"].default * 1e6
+    assert limits == PhotoLimits().max_pixels
 
 
 def test_a_folder_stands_for_its_photos(engine, photo, tmp_path):

@@ -61,8 +61,9 @@ def locate(
     ] = False,
     k: Annotated[int, typer.Option("--k", help="Beam width: tiles kept after each level.")] = 16,
     levels: Annotated[
-        str, typer.Option(help="Zooms to search, such as 4,6,8 or 4-16 (every second one).")
-    ] = "4-16",
+        str | None,
+        typer.Option(help="Zooms to search, such as 4,6,8 or 4-16 (every second one). Default: all."),
+    ] = None,
     top: Annotated[int, typer.Option(help="Candidates reported per photo.")] = 5,
     bundle: Annotated[
         str | None,
@@ -113,11 +114,12 @@ def locate(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """What is searched, checked before anything is opened."""
+    """What is searched, checked before anything is opened; `all_levels` are those that the bundle has."""
 
     bundle: str | None
     tiles: str | None
     config: SearchConfig
+    all_levels: bool
     limits: PhotoLimits
 
     @classmethod
@@ -127,13 +129,14 @@ class Order:
         bundle: str | None,
         tiles: str | None,
         k: int,
-        levels: str,
+        levels: str | None,
         top: int,
         max_megapixels: float,
     ) -> Order:
         """Check the options against each other; raises GeoEngineError."""
         from geoengine.engine.photos import PhotoLimits
         from geoengine.engine.search import SearchConfig
+        from geoengine.engine.tiles import LEVELS
 
         if demo and (bundle is not None or tiles is not None):
             raise GeoEngineError(
@@ -144,7 +147,8 @@ class Order:
         return cls(
             bundle="planet" if demo else bundle,
             tiles="planet" if demo else tiles,
-            config=SearchConfig(k=k, levels=parse_levels(levels), top=top),
+            config=SearchConfig(k=k, levels=LEVELS if levels is None else parse_levels(levels), top=top),
+            all_levels=levels is None,
             limits=PhotoLimits(max_pixels=max(1, round(max_megapixels * 1e6))),
         )
 
@@ -222,13 +226,15 @@ class Session:
         return Photo(photo.name, center_square(photo.pixels, engine.bundle.image_size))
 
     def _search(self, engine: GeoEngine, photos: list[Photo]) -> list[Location]:
-        levels = len(self.order.config.levels)
+        config = self.order.config
+        if self.order.all_levels:
+            config = dataclasses.replace(config, levels=engine.bundle.levels)
         with progress_bar("embedding the photos") as show:
             return engine.locate(
                 photos,
-                config=self.order.config,
+                config=config,
                 progress=lambda index, zoom, done, total: show(
-                    f"level {index + 1} of {levels}, zoom {zoom}", done, total
+                    f"level {index + 1} of {len(config.levels)}, zoom {zoom}", done, total
                 ),
             )
 
