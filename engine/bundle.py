@@ -193,22 +193,29 @@ class EngineBundle:
 
 
 def resolve_bundle(spec: str | Path | None) -> Path:
-    """Return the folder of the given bundle, else `./engines`, else the one in the user's data folder.
+    """Return the folder of the given bundle, else the first of `usual_folders` that holds one.
 
-    "planet" is the bundle that the package brings. The user's data folder is
-    `$XDG_DATA_HOME/geoengine/engines`, by default under `~/.local/share`. The planet's bundle is never chosen
-    by itself. Raises BundleError with the commands that help.
+    "planet" is the bundle that the package brings; it is never chosen by itself. Raises BundleError with the
+    commands that help.
     """
     if spec is not None:
         return PLANET if spec == "planet" else Path(spec)
-    data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    for folder in (Path("engines"), Path(data_home) / "geoengine" / "engines"):
+    for folder in usual_folders():
         if (folder / MANIFEST).is_file():
             return folder
     raise BundleError(
         "no engine bundle found: run `geoengine build-engines --out engines/` to make one for Earth, "
         "or `geoengine locate --demo PHOTO` to try the built-in planet"
     )
+
+
+def usual_folders() -> tuple[Path, Path]:
+    """Return where a bundle for Earth is looked for: `./engines`, then the user's data folder.
+
+    The latter is `$XDG_DATA_HOME/geoengine/engines`, by default under `~/.local/share`.
+    """
+    data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path("engines"), Path(data_home) / "geoengine" / "engines"
 
 
 def _remedy(folder: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from geoengine.engine.backends.cores import available_cores
-from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.bundle import EngineBundle, usual_folders
 from geoengine.engine.errors import BundleError
 
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder of geoengine)"
@@ -279,8 +279,7 @@ def _version(package: str) -> str | None:
 
 
 def _bundles() -> list[Finding]:
-    data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    here, data = Path("engines"), Path(data_home) / "geoengine" / "engines"
+    here, data = usual_folders()
     earth = [_bundle(f"Bundle {folder}", folder, "") for folder in (here, data) if folder.is_dir()]
     if not earth:
         detail = f"none in ./{here} nor in {data}; needed for photos of Earth"
