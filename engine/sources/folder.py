@@ -1,0 +1,78 @@
+"""Tiles from a folder of files z/x/y.png (or .jpg, .jpeg, .webp), rows counted from the north (XYZ)."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from geoengine.engine.errors import SourceError
+from geoengine.engine.sources import TileBatch
+from geoengine.engine.sources.decode import Job, Pixels, cpu_workers, decode_tile, stream
+from geoengine.engine.tiles import as_xy
+
+_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+_TRIED = 8  # files looked at to find the tiles' side
+
+
+class FolderSource:
+    """The pictures in a folder; a file that is not there or does not decode is a missing tile.
+
+    Raises SourceError for a folder in which no tile is found.
+    """
+
+    world = "earth"
+    attribution = ""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.resolve().name
+        self._path = path
+        tried = map(_read, islice(_some_tiles(path), _TRIED))
+        sides = [pixels.shape[1] for pixels in tried if pixels is not None]
+        if not sides:
+            raise SourceError(f"{path}: this folder has no tiles that can be read, in files like 4/8/5.png")
+        self.tile_size = sides[0]
+
+    def read(self, z: int, xy: npt.NDArray[np.int64]) -> Iterator[TileBatch]:
+        """Yield the tiles of the request that the folder has."""
+        tiles = as_xy(z, xy).tolist()
+        if (self._path / str(z)).is_dir():
+            yield from stream(self._jobs(z, tiles), workers=cpu_workers(), tile_size=lambda _: self.tile_size)
+
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
+
+    def _jobs(self, z: int, tiles: list[list[int]]) -> Iterator[tuple[int, Job]]:
+        for position, (x, y) in enumerate(tiles):
+            yield position, partial(self._tile, z, x, y)
+
+    def _tile(self, z: int, x: int, y: int) -> Pixels | None:
+        for suffix in _SUFFIXES:
+            pixels = _read(self._path / f"{z}/{x}/{y}.{suffix}")
+            if pixels is not None:
+                return pixels
+        return None
+
+
+def _read(path: Path) -> Pixels | None:
+    try:
+        return decode_tile(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise SourceError(f"{path}: the tile cannot be read ({error.strerror})") from error
+
+
+def _some_tiles(path: Path) -> Iterator[Path]:
+    """Yield the tile files of a folder, coarse zooms first."""
+    for zoom in _numbered(path):
+        for column in _numbered(zoom):
+            yield from (file for file in _numbered(column) if file.suffix[1:] in _SUFFIXES)
+
+
+def _numbered(path: Path) -> list[Path]:
+    try:
+        return sorted((p for p in path.iterdir() if p.stem.isdecimal()), key=lambda p: int(p.stem))
+    except OSError:
+        return []
