@@ -1,4 +1,13 @@
-"""Sets of encoders: a photo encoder and one map encoder per level, all of one vision architecture."""
+"""Sets of encoders: a photo encoder and one map encoder per level, all of one vision architecture.
+
+A folder of encoders that share a trunk holds float16 tensors under open_clip's `VisionTransformer` names:
+
+```
+encoders.json               model, world, sizes (`vision`), mean, std, trunk_layers, levels, logit_scale
+trunk.safetensors           patch embedding and the first `trunk_layers` blocks
+head_<encoder>.safetensors  the other blocks, ln_post and proj; `<encoder>` is "photo", "z04", "z06" ...
+```
+"""
 
 from __future__ import annotations
 
