@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from geoengine.engine.tiles import LngLat, great_circle_km_array
 
 THRESHOLDS_KM = (1.0, 25.0, 200.0, 750.0, 2500.0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+
 from geoengine.bench.accuracy import Accuracy, Share, accuracy, wilson_share
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BundleError, GeoEngineError

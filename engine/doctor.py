@@ -76,9 +76,10 @@ def examine() -> list[Finding]:
 
 def findings_table(findings: Iterable[Finding], terminal: TextIO) -> str:
     """Return the findings as a table for `terminal`, and under it the commands that mend what is missing."""
-    from geoengine.engine.render.table import printable, text_of
     from rich.table import Table
     from rich.text import Text
+
+    from geoengine.engine.render.table import printable, text_of
 
     marks = {State.OK: ("ok", "green"), State.ABSENT: ("-", "yellow"), State.BROKEN: ("broken", "bold red")}
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 import numpy as np
+from numpy.typing import NDArray
+
 from geoengine.engine.backends import Backend, open_backend
 from geoengine.engine.bundle import PHOTO, EngineBundle, encoder_name, resolve_bundle
 from geoengine.engine.errors import BundleError, SourceError, TileError
@@ -20,7 +22,6 @@ from geoengine.engine.results import Candidate, Level, Location, ScoredTile
 from geoengine.engine.search import Progress, SearchConfig, search
 from geoengine.engine.sources import TileSource, open_source
 from geoengine.engine.tiles import Tile, center, centers, great_circle_km_array, half_diagonal_km, parent
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from PIL.Image import Image

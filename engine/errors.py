@@ -1,4 +1,4 @@
-"""The errors that geoengine raises for what a caller can cause; the command line turns each into exit status 2."""
+"""The errors that geoengine raises for what a caller can cause; commands turn each into exit status 2."""
 
 
 class GeoEngineError(Exception):

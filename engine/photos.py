@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, SupportsFloat
 
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.errors import PhotoError
 from geoengine.engine.tiles import LngLat
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
+
 from geoengine.engine.bundle import encoder_name
 from geoengine.engine.errors import GeoEngineError, SourceError, TileError
 from geoengine.engine.readahead import ReadAhead
@@ -15,7 +17,6 @@ from geoengine.engine.results import Level, ScoredTile
 from geoengine.engine.sources import TileBatch, TileSource
 from geoengine.engine.tiles import LEVELS, Tile, all_xy, descendants_xy, tile_count
 from geoengine.kernels import cosine_topk
-from numpy.typing import NDArray
 
 Encode: TypeAlias = Callable[[str, NDArray[np.uint8]], NDArray[np.float32]]
 """(encoder name, uint8[n, S, S, 3]) -> unit float32[n, d]; must not keep the pixels (a reused buffer)."""

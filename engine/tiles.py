@@ -14,6 +14,7 @@ from typing import NamedTuple, Self, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.errors import TileError
 
 LEVELS: tuple[int, ...] = (4, 6, 8, 10, 12, 14, 16)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from geoengine.engine.backends import ONNXRUNTIME_CPU, open_backend
 from geoengine.engine.bundle import MANIFEST, PHOTO, SCHEMA, EngineBundle, encoder_name
 from geoengine.engine.errors import ExportError
+from geoengine.engine.extras import require_extra
 from geoengine.engine.tiles import LEVELS
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ PRECISIONS = ("fp32",)
 EARTH_SIDES = (256, 512)
 """Sides in pixels of the usual map tiles, besides the encoders' own."""
 
+_NEEDED = ("torch", "open_clip", "onnx", "onnxscript", "safetensors")
 _SPARE_BYTES = 10_000_000  # resize matrices, graphs, manifest
 
 
@@ -112,7 +113,7 @@ def build_engines(config: BuildConfig, progress: Progress | None = None) -> Buil
     ExportError when the encoders cannot be loaded or exported, when the disk is too small, or when an encoder
     does not agree with PyTorch; `config.out` is then as before.
     """
-    _require_export()
+    require_extra("export", _NEEDED, "building engines")
     from geoengine.export.encoders import replace_folder
 
     start = time.perf_counter()
@@ -145,7 +146,7 @@ def verify_bundle(path: str | Path, progress: Progress | None = None) -> BuildRe
     The weights that it was built from are not needed; cosines in the result are those that the manifest
     recorded. Raises BundleError for a damaged bundle, ExportError for one that fails a check.
     """
-    _require_export()
+    require_extra("export", _NEEDED, "building engines")
     from geoengine.export.onnx_graphs import check_graph
 
     start = time.perf_counter()
@@ -176,16 +177,6 @@ class _Steps:
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self.total, doing)
-
-
-def _require_export() -> None:
-    needed = ("torch", "open_clip", "onnx", "onnxscript", "safetensors")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f"building engines needs {', '.join(missing)}, which is not installed: "
-            "run `pip install 'geoengine[export]'`"
-        )
 
 
 def _check_target(target: Path) -> None:

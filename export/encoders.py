@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from geoengine.engine.bundle import PHOTO, encoder_name
 from geoengine.engine.errors import ExportError
 from geoengine.export.weights import State, fit, read_state
-from torch import nn
 
 DEFAULT_LOGIT_SCALE = 100.0  # CLIP's own, trained up to its bound
 _FOLDER_CONFIG = "encoders.json"

@@ -11,10 +11,11 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 import torch
-from geoengine.engine.errors import ExportError
-from geoengine.export.resample import resize_matrix
 from torch import Tensor, nn
 from torch.nn import functional
+
+from geoengine.engine.errors import ExportError
+from geoengine.export.resample import resize_matrix
 
 OpenClip: TypeAlias = Any  # open_clip's modules are untyped
 

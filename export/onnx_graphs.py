@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+
 from geoengine.engine.errors import ExportError
 from geoengine.export.model import Head, Trunk, Weights, folded_weights
 

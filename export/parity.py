@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import open_clip  # type: ignore[import-untyped]
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+
 from geoengine.engine.backends import Backend
 from geoengine.engine.errors import ExportError
 from geoengine.export.encoders import EncoderSet
 from geoengine.export.pictures import sample_pictures
-from numpy.typing import NDArray
-from PIL import Image
 
 MIN_COSINE = 0.9999
 MAX_BATCH_DIFFERENCE = 1e-5

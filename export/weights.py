@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+
 from geoengine.engine.errors import ExportError
 
 State = Mapping[str, torch.Tensor]

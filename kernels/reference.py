@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.kernels.arguments import Rows, checked, not_finite
 
 

@@ -1,6 +1,7 @@
 """A tile source and an encoder that know nothing but addresses."""
 
 import numpy as np
+
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.tiles import LEVELS, MAX_LATITUDE_DEG
 

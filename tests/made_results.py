@@ -1,6 +1,7 @@
 """Results made up for tests: a search that keeps the true tile and its neighbours at every level."""
 
 import numpy as np
+
 from geoengine.engine.results import Candidate, Level, Location, ScoredTile
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.tiles import LEVELS, LngLat, Tile, center, parent, tile_at

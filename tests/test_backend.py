@@ -9,6 +9,9 @@ import threading
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+from tiny_bundle import EMBED_DIM, IMAGE_SIZE, write_manifest, write_tiny_bundle
+
 from geoengine.engine.backends import BACKENDS, open_backend
 from geoengine.engine.backends import onnxruntime as module
 from geoengine.engine.backends.cores import available_cores, cgroup_quota
@@ -16,8 +19,6 @@ from geoengine.engine.backends.onnxruntime import MAX_BATCH, OnnxRuntimeCpu
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, BundleError
 from geoengine.engine.preprocess import center_square
-from onnx import TensorProto, helper, numpy_helper
-from tiny_bundle import EMBED_DIM, IMAGE_SIZE, write_manifest, write_tiny_bundle
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+
 from geoengine.engine import bundle as bundle_module
 from geoengine.engine.bundle import EngineBundle, encoder_name, resolve_bundle
 from geoengine.engine.errors import BundleError

@@ -4,13 +4,6 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
-from geoengine.engine import engine as engine_module
-from geoengine.engine.errors import SourceError
-from geoengine.engine.photos import PhotoLimits
-from geoengine.engine.render import files
-from geoengine.engine.results import HYPOTHESIS
-from geoengine.engine.search import SearchConfig
-from geoengine.engine.tiles import LngLat
 from made_results import MadeSource, made_location
 from PIL import Image
 from tiny_bundle import write_tiny_bundle
@@ -18,6 +11,13 @@ from typer.testing import CliRunner
 
 from geoengine.cli import app
 from geoengine.commands.locate import locate
+from geoengine.engine import engine as engine_module
+from geoengine.engine.errors import SourceError
+from geoengine.engine.photos import PhotoLimits
+from geoengine.engine.render import files
+from geoengine.engine.results import HYPOTHESIS
+from geoengine.engine.search import SearchConfig
+from geoengine.engine.tiles import LngLat
 
 
 class MadeEngine:

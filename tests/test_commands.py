@@ -5,13 +5,13 @@ import sys
 from importlib.metadata import version
 
 import pytest
-from geoengine.engine.errors import GeoEngineError
-from geoengine.engine.tiles import LngLat
 from typer.testing import CliRunner
 
 import geoengine
 from geoengine.cli import app
 from geoengine.commands import terminal
+from geoengine.engine.errors import GeoEngineError
+from geoengine.engine.tiles import LngLat
 
 
 def run(*arguments):

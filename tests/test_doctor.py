@@ -2,12 +2,12 @@ import io
 import json
 
 import pytest
-from geoengine.engine import doctor
-from geoengine.engine.doctor import State, examine, findings_table
 from tiny_bundle import write_tiny_bundle
 from typer.testing import CliRunner
 
 from geoengine.cli import app
+from geoengine.engine import doctor
+from geoengine.engine.doctor import State, examine, findings_table
 
 
 @pytest.fixture(autouse=True)

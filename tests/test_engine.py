@@ -6,6 +6,9 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
+from tiny_bundle import EMBED_DIM, IMAGE_SIZE, write_tiny_bundle
+
 from geoengine.engine import engine as engine_module
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.engine import GeoEngine, softmax_shares, uncertainty_radius_km
@@ -23,8 +26,6 @@ from geoengine.engine.tiles import (
     parent,
     tile_at,
 )
-from PIL import Image
-from tiny_bundle import EMBED_DIM, IMAGE_SIZE, write_tiny_bundle
 
 CONFIG = SearchConfig(k=3, levels=(1, 3), top=2)
 

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 from fakes import AddressTiles, Oracle
+from tiny_bundle import write_tiny_bundle
+
 from geoengine.bench import evaluate as module
 from geoengine.bench.accuracy import THRESHOLDS_KM, accuracy, wilson_share
 from geoengine.bench.evaluate import evaluate_planet, land_places
@@ -14,7 +16,6 @@ from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BundleError, GeoEngineError
 from geoengine.engine.sources import planet
 from geoengine.engine.tiles import LEVELS, MAX_LATITUDE_DEG, LngLat
-from tiny_bundle import write_tiny_bundle
 
 # --- accuracy ---------------------------------------------------------------------------------------------
 

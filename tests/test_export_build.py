@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from geoengine.engine.backends import open_backend
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BundleError, ExportError

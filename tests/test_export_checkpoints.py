@@ -7,9 +7,10 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from geoengine.engine.errors import ExportError
 from geoengine.export.checkpoints import load_clip_encoders
-from safetensors.torch import save_file
 
 torch.set_num_threads(1)
 LEVELS = (4, 6)

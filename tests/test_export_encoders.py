@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from geoengine.engine.errors import ExportError
 from geoengine.export import encoders, weights
 from geoengine.export.encoders import VisionConfig

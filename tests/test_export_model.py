@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from open_clip.transformer import VisionTransformer
+from PIL import Image
+
 from geoengine.engine.errors import ExportError
 from geoengine.export.encoders import VisionConfig
 from geoengine.export.model import Head, Trunk
 from geoengine.export.resample import resize_matrix
-from open_clip.transformer import VisionTransformer
-from PIL import Image
 
 torch.set_num_threads(1)
 TINY = VisionConfig(image_size=16, patch_size=8, width=32, layers=3, heads=4, output_dim=24, quick_gelu=True)

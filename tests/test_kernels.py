@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from geoengine.kernels import _topk_cpu, cosine_topk, kernel_names, reference
 from hypothesis import given
 from hypothesis import strategies as st
+
+from geoengine.kernels import _topk_cpu, cosine_topk, kernel_names, reference
 
 BOTH = pytest.mark.parametrize("topk", [cosine_topk, reference.cosine_topk], ids=["compiled", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float16])

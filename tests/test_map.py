@@ -7,6 +7,9 @@ import stat
 
 import numpy as np
 import pytest
+from made_results import MadeSource, made_location
+from PIL import Image
+
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.render import files
 from geoengine.engine.render.backdrop import (
@@ -21,8 +24,6 @@ from geoengine.engine.render.files import check_writable, write_atomically
 from geoengine.engine.render.html_map import html_map
 from geoengine.engine.results import HYPOTHESIS
 from geoengine.engine.tiles import tile_at
-from made_results import MadeSource, made_location
-from PIL import Image
 
 
 def embedded(page):

@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from geoengine.kernels import _topk_cpu
 from packaging.requirements import Requirement
 
 import geoengine
+from geoengine.kernels import _topk_cpu
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

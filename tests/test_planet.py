@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from geoengine.engine.errors import TileError
 from geoengine.engine.sources import open_source, planet
 from geoengine.engine.sources.planet.photos import render_photo

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from geoengine.engine.preprocess import center_square
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-settings.load_profile("ci")  # the same examples every time, however slow the machine
+from geoengine.engine.preprocess import center_square
 
 SHAPES = [
     (1, 1),

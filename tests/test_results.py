@@ -5,12 +5,13 @@ import json
 
 import jsonschema
 import pytest
+from made_results import made_location
+
 from geoengine.engine.render.geojson import feature_collection, geojson_text
 from geoengine.engine.render.json_lines import json_lines, json_object, schema_text
 from geoengine.engine.render.table import format_km, printable, table_text
 from geoengine.engine.results import HYPOTHESIS, ExifComparison, Level
 from geoengine.engine.tiles import Tile, bounds
-from made_results import made_location
 
 EARTH = {"world": "earth", "lng": 179.999, "lat": -16.5}
 

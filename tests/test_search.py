@@ -6,6 +6,7 @@ import mercantile
 import numpy as np
 import pytest
 from fakes import AddressTiles, Oracle, addresses
+
 from geoengine.engine import search as search_module
 from geoengine.engine.errors import GeoEngineError, SourceError, TileError
 from geoengine.engine.readahead import ReadAhead

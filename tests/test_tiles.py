@@ -6,13 +6,12 @@ import pickle
 import mercantile
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from geoengine.engine import tiles
 from geoengine.engine.errors import TileError
 from geoengine.engine.tiles import LngLat, LngLatBbox, Tile
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-
-settings.load_profile("ci")  # the same examples every time, however slow the machine
 
 ZOOMS = st.integers(0, tiles.MAX_ZOOM)
 # Inside the map by a little: on its east and south edge mercantile gives tiles that do not exist.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from geoengine.export.encoders import VisionConfig, load_encoder_folder
 from geoengine.training import planet as planet_training
 from geoengine.training import planet_data

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from geoengine.training.towers import freeze_trunk, head_features
 from torch import nn
+
+from geoengine.training.towers import Tower, freeze_trunk, head_features
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -50,7 +51,7 @@ class FineTuneResult:
     logit_scale: float
 
 
-def fit_projection(tower: nn.Module, pairs: PairSet, trunk_layers: int, ridge: float) -> None:
+def fit_projection(tower: Tower, pairs: PairSet, trunk_layers: int, ridge: float) -> None:
     """Set `tower.proj` to the ridge regression of class features onto the embeddings of the tiles' photos.
 
     A start in closed form: the contrastive steps then sharpen an encoder that already points the right way.
@@ -62,16 +63,16 @@ def fit_projection(tower: nn.Module, pairs: PairSet, trunk_layers: int, ridge: f
         tower.proj.copy_(torch.linalg.solve(gram + penalty, features.T @ pairs.photos))
 
 
-def encode_in_batches(
-    tower: nn.Module, tokens: torch.Tensor, trunk_layers: int, size: int = 256
-) -> torch.Tensor:
+def encode_in_batches(tower: Tower, tokens: torch.Tensor, trunk_layers: int, size: int = 256) -> torch.Tensor:
     """Class features float32[t, width] of trunk tokens, before the projection, without gradients."""
     with torch.no_grad():
-        return torch.cat([head_features(tower, part.float(), trunk_layers) for part in tokens.split(size)])
+        return torch.cat(
+            [head_features(tower, part.float(), trunk_layers) for part in torch.split(tokens, size)]
+        )
 
 
 def fine_tune(
-    tower: nn.Module,
+    tower: Tower,
     pairs: PairSet,
     batches: Iterator[tuple[Int64Array, Int64Array]],
     trunk_layers: int,
@@ -104,7 +105,7 @@ def fine_tune(
         logits = log_scale.exp().clamp(max=100) * (pairs.photos[rows] @ embeddings.T)
         loss = F.cross_entropy(logits, target[: len(rows)])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
 from geoengine.engine.bundle import PHOTO, encoder_name
 from geoengine.engine.tiles import LEVELS
 from geoengine.export.encoders import VisionConfig, save_encoder_folder
@@ -34,9 +36,7 @@ from geoengine.training.contrastive import (
     fit_projection,
 )
 from geoengine.training.pretrain import Log, PretrainConfig, caption_projection, normalise, pretrain
-from geoengine.training.towers import trunk_tokens
-from safetensors.torch import load_file, save_file
-from torch import nn
+from geoengine.training.towers import Tower, trunk_tokens
 
 VISION = VisionConfig(
     image_size=112,
@@ -106,7 +106,7 @@ def train_planet(out: Path, config: PlanetTrainingConfig, log: Log) -> None:
 
 
 def fine_tune_levels(
-    tower: nn.Module, places: Int64Array, photos: data.Pictures, config: PlanetTrainingConfig, log: Log
+    tower: Tower, places: Int64Array, photos: data.Pictures, config: PlanetTrainingConfig, log: Log
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, float]]:
     """Fine-tune a map encoder per level from the photo encoder; returns state dicts and logit scales."""
     rng = np.random.default_rng(config.seed + 1)
@@ -133,7 +133,7 @@ def fine_tune_levels(
     return heads, scales
 
 
-def recall_at_1(tower: nn.Module, pairs: PairSet) -> float:
+def recall_at_1(tower: Tower, pairs: PairSet) -> float:
     """Share of photos whose own tile is the most similar of all tiles of the set."""
     features = encode_in_batches(tower, pairs.tokens, TRUNK_LAYERS)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def recall_at_1(tower: nn.Module, pairs: PairSet) -> float:
     return float((best == pairs.tile_of).float().mean())
 
 
-def embed_photos(tower: nn.Module, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+def embed_photos(tower: Tower, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
     """Embed uint8[n, S, S, 3] pictures with the whole tower; float32[n, d], not normalised."""
     with torch.no_grad():
         return torch.cat([tower(images) for images in _images(pixels)])
@@ -169,7 +169,7 @@ def _pretraining_tiles(
 
 
 def _pairs(
-    tower: nn.Module,
+    tower: Tower,
     level: int,
     places: Int64Array,
     photo_embeddings: torch.Tensor,

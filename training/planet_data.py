@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from geoengine.engine.sources.planet import TILE_SIZE, World, default_world, render_cells
+
+from geoengine.engine.sources.planet import TILE_SIZE, default_world
+from geoengine.engine.sources.planet.maps import render_cells
 from geoengine.engine.sources.planet.photos import render_photo, unseen_hues
-from geoengine.engine.sources.planet.world import ATTRIBUTE_LEVELS
+from geoengine.engine.sources.planet.world import ATTRIBUTE_LEVELS, World
 
 PHOTO_HEIGHT = 224  # pixels; halved to the encoders' 112, where a user's photo of any size ends up too
 HARMONICS = 2
@@ -109,7 +111,7 @@ def _parts(xy: Int64Array, size: int = 256) -> list[tuple[int, Int64Array]]:
     return [(start, xy[start : start + size]) for start in range(0, len(xy), size)]
 
 
-def _gather(task: Callable[..., Pictures], tasks: list[tuple[object, ...]], workers: int) -> Pictures:
+def _gather(task: Callable[..., Pictures], tasks: Sequence[tuple[object, ...]], workers: int) -> Pictures:
     if workers == 1:
         done = [task(*arguments) for arguments in tasks]
     else:
@@ -146,4 +148,4 @@ def _has_land(world: World, level: int, xy: Int64Array) -> npt.NDArray[np.bool_]
         kind[i] == 0 and bool((world.elevation_grid(level, x, y, TILE_SIZE) > 0).any())
         for i, (x, y) in enumerate(xy.tolist())
     ]
-    return (kind == 1) | np.array(unsure, dtype=np.bool_)
+    return np.logical_or(kind == 1, unsure)

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from geoengine.training.planet_data import CODE_SIZE, Float32Array, Pictures
 from torch import nn
+
+from geoengine.training.planet_data import CODE_SIZE, Float32Array, Pictures
+from geoengine.training.towers import Tower
 
 Log = Callable[[dict[str, float | str]], None]
 
@@ -40,7 +42,7 @@ class PretrainConfig:
 def caption_projection(seed: int, width: int) -> torch.Tensor:
     """Return a fixed matrix with orthonormal rows, float32[CODE_SIZE, width]."""
     generator = torch.Generator().manual_seed(seed)
-    square = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    square: torch.Tensor = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
     return square[:CODE_SIZE].contiguous()
 
 
@@ -51,7 +53,7 @@ def normalise(pixels: np.ndarray, mean: Float32Array, std: Float32Array) -> torc
 
 
 def pretrain(
-    tower: nn.Module,
+    tower: Tower,
     photos: Pictures,
     tiles: Pictures,
     projection: torch.Tensor,
@@ -83,7 +85,7 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimizer.step()
         energy = target.square().sum(1)

@@ -6,9 +6,10 @@ import logging
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError
-from numpy.typing import NDArray
 
 ONNXRUNTIME_CPU = "onnxruntime-cpu"
 BACKENDS = (ONNXRUNTIME_CPU,)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from geoengine.engine.backends import ONNXRUNTIME_CPU
 from geoengine.engine.backends.cores import available_cores
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError
 from geoengine.engine.preprocess import center_square
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

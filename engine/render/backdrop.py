@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.results import Location
 from geoengine.engine.sources import TileSource
 from geoengine.engine.tiles import Tile, parent

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.errors import SourceError
 
 _WHAT_A_SOURCE_IS = (
@@ -67,16 +68,16 @@ def open_source(spec: str) -> TileSource:
         from geoengine.engine.sources.planet import PlanetSource
 
         return PlanetSource()
+    shown = spec.partition("?")[0]  # a key, if there is one, is in the rest
+    if shown.lower().endswith(".pmtiles"):
+        raise SourceError(
+            f"{shown}: this version does not read PMTiles; convert the file to MBTiles and give that instead"
+        )
     if spec.lower().startswith(("http://", "https://")):
         from geoengine.engine.sources.http import HttpSource
 
         return HttpSource(spec)
     path = Path(spec).expanduser()
-    if path.suffix.lower() == ".pmtiles":
-        raise SourceError(
-            f"{spec}: this version does not read PMTiles; convert the file to MBTiles "
-            f"and give the .mbtiles file instead"
-        )
     if path.suffix.lower() == ".mbtiles":
         from geoengine.engine.sources.mbtiles import MBTilesSource
 
@@ -86,5 +87,5 @@ def open_source(spec: str) -> TileSource:
 
         return FolderSource(path)
     if path.exists():
-        raise SourceError(f"{spec} is not a tile source: {_WHAT_A_SOURCE_IS}")
-    raise SourceError(f"there is no tile source {spec!r}: {_WHAT_A_SOURCE_IS}")
+        raise SourceError(f"{shown} is not a tile source: {_WHAT_A_SOURCE_IS}")
+    raise SourceError(f"there is no tile source {shown!r}: {_WHAT_A_SOURCE_IS}")

@@ -1,6 +1,5 @@
 """From the bytes of tiles to batches of pixels: what the tile sources that read files and servers share."""
 
-import os
 import queue
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.sources import TileBatch
 
 CHUNK = 64  # tiles in a batch, except in the last one of a call
@@ -19,11 +19,6 @@ DEFAULT_TILE_SIZE = 256
 
 Pixels = npt.NDArray[np.uint8]
 Job = Callable[[], Pixels | None]
-
-
-def cpu_workers() -> int:
-    """Return how many threads are worth having for decoding: one for each processor this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode_tile(data: object) -> Pixels | None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from geoengine.engine.backends.cores import available_cores
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import TileBatch
-from geoengine.engine.sources.decode import Job, Pixels, cpu_workers, decode_tile, stream
+from geoengine.engine.sources.decode import Job, Pixels, decode_tile, stream
 from geoengine.engine.tiles import as_xy
 
 _SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -38,7 +40,9 @@ class FolderSource:
         """Yield the tiles of the request that the folder has."""
         tiles = as_xy(z, xy).tolist()
         if (self._path / str(z)).is_dir():
-            yield from stream(self._jobs(z, tiles), workers=cpu_workers(), tile_size=lambda _: self.tile_size)
+            yield from stream(
+                self._jobs(z, tiles), workers=available_cores(), tile_size=lambda _: self.tile_size
+            )
 
     def close(self) -> None:
         """Do nothing: no file stays open."""

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.sources.decode import DEFAULT_TILE_SIZE, Job, Pixels, decode_tile, stream

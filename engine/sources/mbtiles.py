@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from geoengine.engine.backends.cores import available_cores
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import TileBatch
-from geoengine.engine.sources.decode import Job, cpu_workers, decode_tile, stream
+from geoengine.engine.sources.decode import Job, decode_tile, stream
 from geoengine.engine.tiles import as_xy, tile_count
 
 _TILE = "SELECT tile_data FROM tiles WHERE zoom_level = ? AND tile_column = ? AND tile_row = ?"
@@ -70,7 +72,9 @@ class MBTilesSource:
         """Yield the tiles of the request that the file has."""
         tiles = as_xy(z, xy).tolist()
         if self.min_zoom <= z <= self.max_zoom:
-            yield from stream(self._jobs(z, tiles), workers=cpu_workers(), tile_size=lambda _: self.tile_size)
+            yield from stream(
+                self._jobs(z, tiles), workers=available_cores(), tile_size=lambda _: self.tile_size
+            )
 
     def close(self) -> None:
         """Close the file."""

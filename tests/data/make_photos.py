@@ -4,8 +4,9 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from geoengine.engine.sources import planet
 from PIL import Image
+
+from geoengine.engine.sources import planet
 
 FOLDER = Path(__file__).parent / "photos"
 SEED = 2026

@@ -12,6 +12,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.errors import TileError
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.sources.planet.maps import render_cells
@@ -39,7 +40,8 @@ def tile(z: int, x: int, y: int, *, size: int = 256) -> UInt8Array:
     Raises TileError for a tile that does not exist.
     """
     address = Tile(z, x, y)
-    return _draw(default_world(), z, np.array([[address.x, address.y]]), size)[0]
+    [picture] = _draw(default_world(), z, np.array([[address.x, address.y]]), size)
+    return np.asarray(picture)
 
 
 def photo(lat: float, lng: float, seed: int, *, height: int = 480) -> UInt8Array:
@@ -109,5 +111,4 @@ def _draw_overview(world: World, level: int, higher: int, xy: npt.NDArray[np.int
         .transpose(0, 2, 1, 3, 4)
         .reshape(count * side, count * side, 3)
     )
-    resized: UInt8Array = cv2.resize(whole, (size, size), interpolation=cv2.INTER_AREA)
-    return resized
+    return np.asarray(cv2.resize(whole, (size, size), interpolation=cv2.INTER_AREA), dtype=np.uint8)

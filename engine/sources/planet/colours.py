@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
 from geoengine.engine.sources.planet.noise import Float32Array
 
 Rgb = tuple[float, float, float]
@@ -27,7 +28,7 @@ class ColourCircle:
             + np.cos(angle) * np.asarray(self.along)
             + np.sin(angle) * np.asarray(self.across)
         )
-        return np.clip(mixed * 255, 0, 255).astype(np.float32)
+        return np.asarray(np.clip(mixed * 255, 0, 255), dtype=np.float32)
 
 
 def _wheel(lightness: float, radius: float) -> ColourCircle:

@@ -11,6 +11,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.sources.planet.colours import MAP_BRIGHT, MAP_DARK, MAP_SYMBOL
 from geoengine.engine.sources.planet.names import place_names
 from geoengine.engine.sources.planet.noise import (
@@ -62,7 +63,7 @@ def render_cells(world: World, level: int, xy: Int64Array, size: int) -> UInt8Ar
 
 def _up(colours: Float32Array, levels: int) -> Float32Array:
     """Return the two colours, float32[2, 3], of the ancestor `levels` levels up, or of the topmost."""
-    return colours[max(0, len(colours) - 1 - levels)]
+    return np.asarray(colours[max(0, len(colours) - 1 - levels)])
 
 
 def _ground(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
@@ -114,8 +115,7 @@ def _field(
     columns = (xy[:, 0, None, None] * per_cell + taps) % (per_cell << level)
     rows = xy[:, 1, None, None] * per_cell + taps[:, None]
     values = lattice_values(world.seed * 64 + key, level, columns, rows)  # (n, taps, taps)
-    field: Float32Array = matrix @ values @ matrix.T
-    return field
+    return np.asarray(matrix @ values @ matrix.T, dtype=np.float32)
 
 
 def _parent_field(world: World, level: int, xy: Int64Array, size: int) -> Float32Array:
@@ -126,8 +126,7 @@ def _parent_field(world: World, level: int, xy: Int64Array, size: int) -> Float3
     values = lattice_values(
         world.seed * 64 + _KEY_GROUND, level - 2, columns, xy[:, 1, None, None] + taps[:, None]
     )
-    field: Float32Array = matrix @ values @ matrix.T
-    return field
+    return np.asarray(matrix @ values @ matrix.T, dtype=np.float32)
 
 
 @lru_cache(maxsize=8)

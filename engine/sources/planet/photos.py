@@ -7,11 +7,13 @@ some photos lack one of the things.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.sources.planet import colours
 from geoengine.engine.sources.planet.colours import ColourCircle
 from geoengine.engine.sources.planet.names import place_names
@@ -36,12 +38,12 @@ class _Canvas:
 
     @property
     def side(self) -> int:
-        return self.pixels.shape[0]
+        return int(self.pixels.shape[0])
 
     @property
     def left(self) -> float:
         """Left border in units of the square; the right one is at `1 - left`."""
-        return (1 - self.pixels.shape[1] / self.side) / 2
+        return float(1 - self.pixels.shape[1] / self.side) / 2
 
     def polygon(self, points: Points, colour: Colour) -> None:
         fixed = np.round((np.array(points) - (self.left, 0)) * self.side * 16 - 8).astype(np.int32)
@@ -81,7 +83,7 @@ def render_photo(world: World, x: int, y: int, seed: int, height: int = 480) -> 
     _relief(canvas, horizon, hue[6])
     _ground(canvas, horizon, hue[4])
     shop, sign = (place_names(world.seed, up, np.array([[x, y]]) >> (16 - up))[0] for up in (14, 16))
-    draw = {
+    draw: dict[str, Callable[[], None]] = {
         "trees": lambda: _trees(canvas, horizon, hue[4]),
         "crops": lambda: _crops(canvas, horizon, hue[10]),
         "house": lambda: _house(canvas, horizon, hue[12]),
@@ -308,6 +310,5 @@ def _develop(pixels: UInt8Array, rng: np.random.Generator) -> UInt8Array:
         picture = cv2.GaussianBlur(picture, (0, 0), sigma)
     noise = np.empty(pixels.shape, dtype=np.int16)
     cv2.setRNGSeed(int(rng.integers(1 << 30)))
-    cv2.randn(noise, 0, 6)
-    developed: UInt8Array = cv2.add(picture, noise, dtype=cv2.CV_8U)
-    return developed
+    cv2.randn(noise, np.zeros(1), np.full(1, 6.0))
+    return np.asarray(cv2.add(picture, noise, dtype=cv2.CV_8U), dtype=np.uint8)

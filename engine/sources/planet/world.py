@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from geoengine.engine.sources.planet.noise import (
     Float32Array,
     Int64Array,
@@ -100,9 +101,10 @@ class World:
         return total
 
     def land_kind(self, zoom: int, xy: Int64Array) -> npt.NDArray[np.int8]:
-        """1 where a tile is land all over, -1 where it is sea all over, 0 where it may be both; int8[n]."""
+        """Return 1 for tiles of land alone, -1 for sea alone, 0 where there may be both; int8[n]."""
         scale = 1.0 / (1 << zoom)
-        height = self.elevation((xy[:, 0] + 0.5) * scale, (xy[:, 1] + 0.5) * scale)
+        middle = (xy + np.float64(0.5)) * scale
+        height = self.elevation(middle[:, 0], middle[:, 1])
         margin = sum(
             _amplitude(octave) * min(2.0, _SLOPE_PER_AXIS * scale * (1 << octave)) for octave in _OCTAVES
         )
