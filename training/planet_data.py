@@ -144,8 +144,8 @@ def _tile_task(level: int, xy: Int64Array) -> Pictures:
 
 def _has_land(world: World, level: int, xy: Int64Array) -> npt.NDArray[np.bool_]:
     kind = world.land_kind(level, xy)
-    unsure = [
-        kind[i] == 0 and bool((world.elevation_grid(level, x, y, TILE_SIZE) > 0).any())
+    land = [
+        kind[i] == 1 or (kind[i] == 0 and bool((world.elevation_grid(level, x, y, TILE_SIZE) > 0).any()))
         for i, (x, y) in enumerate(xy.tolist())
     ]
-    return np.logical_or(kind == 1, unsure)
+    return np.array(land, dtype=np.bool_)
