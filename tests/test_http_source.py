@@ -10,7 +10,7 @@ import pytest
 from made_tiles import colour_of, read_all, tile_picture
 from tile_server import Server
 
-from geoengine.engine.errors import SourceError
+from geoengine.engine.errors import SourceError, TileError
 from geoengine.engine.sources import open_source
 from geoengine.engine.sources.http import HttpSettings, HttpSource
 from geoengine.engine.tiles import Tile, all_xy, quadkey, tms_row

@@ -157,7 +157,7 @@ def test_an_mbtiles_file_damaged_inside_is_a_source_error(world_mbtiles):
     with closing(sqlite3.connect(world_mbtiles)) as database, pytest.raises(sqlite3.DatabaseError):
         database.execute("SELECT sum(length(tile_data)) FROM tiles").fetchall()
     message = r"world\.mbtiles: this is no MBTiles file, or a damaged one"
-    with closing(open_source(str(world_mbtiles))) as source, pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=message), closing(open_source(str(world_mbtiles))) as source:
         read_all(source, 4, all_xy(4))
 
 
