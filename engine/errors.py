@@ -27,3 +27,7 @@ class BackendError(GeoEngineError):
 
 class ExportError(GeoEngineError):
     """Encoders cannot be loaded, exported, or fail a check."""
+
+
+class MissingExtraError(GeoEngineError):
+    """The packages of an optional extra are not installed."""

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from geoengine.engine.errors import GeoEngineError
-
-
-class MissingExtraError(GeoEngineError):
-    """Packages of an optional extra are not installed."""
+from geoengine.engine.errors import MissingExtraError
 
 
 def require_extra(extra: str, modules: tuple[str, ...], doing: str) -> None:

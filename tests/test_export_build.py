@@ -14,7 +14,7 @@ import torch
 
 from geoengine.engine.backends import open_backend
 from geoengine.engine.bundle import EngineBundle
-from geoengine.engine.errors import BundleError, ExportError
+from geoengine.engine.errors import BundleError, ExportError, MissingExtraError
 from geoengine.export import build, encoders, onnx_graphs, parity
 from geoengine.export.build import BuildConfig, build_engines, verify_bundle
 from geoengine.export.model import Head
@@ -289,7 +289,7 @@ def test_levels_that_the_encoders_do_not_have(built, tmp_path):
 def test_without_the_export_extra_the_remedy_is_named(monkeypatch, tmp_path):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name))
-    with pytest.raises(ExportError, match=r"needs onnx, which .* `pip install 'geoengine\[export\]'`"):
+    with pytest.raises(MissingExtraError, match=r"needs onnx, which .* `pip install 'geoengine\[export\]'`"):
         build_engines(BuildConfig(out=tmp_path / "b"))
 
 
