@@ -82,11 +82,11 @@ def at_import(tree: ast.Module) -> Iterator[ast.stmt]:
 
 @pytest.mark.parametrize("folder", ["kernels", "engine", "geoengine"])
 def test_heavy_modules_are_imported_where_they_are_needed(folder):
-    # OpenCV may be: the planet, itself imported only where it is opened, is drawn with it throughout.
     for path, tree in sources(folder):
         for statement in at_import(tree):
             if isinstance(statement, ast.Import | ast.ImportFrom):
-                # OpenCV and SQLite are cheap enough for the modules whose whole work they do.
+                # OpenCV and SQLite may be: the planet and MBTiles, themselves imported only where such a
+                # source is opened, use them throughout.
                 heavy = {module.split(".")[0] for module in imported_modules(statement)}
                 heavy &= HEAVY - {"cv2", "sqlite3"}
                 assert not heavy, f"{path}:{statement.lineno} imports {heavy} on import"

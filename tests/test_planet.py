@@ -130,3 +130,9 @@ def test_the_source_reads_in_order_and_refuses_what_does_not_exist() -> None:
         list(source.read(19, np.array([[0, 0]])))
     with pytest.raises(TileError, match="outside zoom 4"):
         planet.tile(4, 16, 0)
+
+
+def test_photos_are_noisy_in_every_channel_and_not_very() -> None:
+    sky = planet.photo(10, 20, 1)[:30, 300:360].astype(int)
+    noise = (sky[:, 1:] - sky[:, :-1]).std(axis=(0, 1)) / np.sqrt(2)
+    assert ((noise > 3) & (noise < 9)).all()

@@ -310,5 +310,5 @@ def _develop(pixels: UInt8Array, rng: np.random.Generator) -> UInt8Array:
         picture = cv2.GaussianBlur(picture, (0, 0), sigma)
     noise = np.empty(pixels.shape, dtype=np.int16)
     cv2.setRNGSeed(int(rng.integers(1 << 30)))
-    cv2.randn(noise, np.zeros(1), np.full(1, 6.0))
+    cv2.randn(noise, np.zeros(3), np.full(3, 6.0))
     return np.asarray(cv2.add(picture, noise, dtype=cv2.CV_8U), dtype=np.uint8)
