@@ -118,6 +118,14 @@ def test_http_a_tile_that_always_fails_is_missing_with_one_warning(server, caplo
     )
 
 
+def test_http_failures_between_answers_do_not_end_the_search(server):
+    for x in range(8):
+        for y in (1, 5):
+            server.always[f"3/{x}/{y}"] = 500
+    with http_source(server, concurrency=1, attempts=1) as source:
+        assert len(read_all(source, 3, all_xy(3))) == 48
+
+
 def test_http_time_out(server):
     released = threading.Event()
     server.always["*"] = lambda request: released.wait(5)
@@ -233,6 +241,18 @@ def test_http_an_abandoned_request_stops_asking(server):
         asked = len(server.requests)
         time.sleep(0.1)
         assert len(server.requests) == asked < 512
+
+
+def test_http_an_abandoned_request_stops_trying_again(server):
+    server.always["5/0/0"] = 500
+    with http_source(server, backoff_s=0.1, attempts=5) as source:
+        batches = source.read(5, all_xy(5))
+        next(batches)
+        batches.close()
+        time.sleep(0.02)
+        tried = server.tiles_asked()["/5/0/0.png"]
+        time.sleep(0.5)
+        assert server.tiles_asked()["/5/0/0.png"] == tried
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import gzip
 import io
 import sqlite3
+import struct
 import threading
+import time
+import zlib
 from contextlib import closing
 
 import numpy as np
@@ -98,12 +101,27 @@ def test_mbtiles_tiles_that_hold_no_picture_are_missing(tmp_path):
         gzip.compress(whole)[:-20],
         "text",
     ]
-    contents += [gzip.compress(b""), gzip.compress(gzip.compress(whole))]
+    contents += [b"\x1f\x8bgarbage", gzip.compress(b""), gzip.compress(gzip.compress(whole))]
     tiles = {(4, 0, y): data for y, data in enumerate(contents)}
     path = write_mbtiles(tmp_path / "a.mbtiles", tiles)
     with closing(open_source(str(path))) as source:
         batches = list(source.read(4, np.array([(0, y) for y in range(len(contents) + 1)])))
         assert sorted(p for batch in batches for p in batch.positions) == [0, 1]
+
+
+def test_mbtiles_may_begin_with_empty_tiles(tmp_path):
+    tiles = {(4, 0, y): b"" for y in range(15)} | {(4, 15, 15): tile_picture(4, 15, 15, size=64)}
+    with closing(open_source(str(write_mbtiles(tmp_path / "a.mbtiles", tiles)))) as source:
+        assert source.tile_size == 64
+        assert read_all(source, 4, all_xy(4)) == [255]
+
+
+def test_mbtiles_is_closed_once_and_for_all(world_mbtiles):
+    source = open_source(str(world_mbtiles))
+    source.close()
+    source.close()
+    with pytest.raises(SourceError, match="closed database"):
+        list(source.read(4, all_xy(4)))
 
 
 def test_mbtiles_is_opened_for_reading_only(tmp_path):
@@ -180,6 +198,7 @@ def test_folder_gives_its_tiles(tmp_path):
     tiles |= {"3/1/4.png": b"", "3/1/5.png": b"garbage", "3/1/6.txt": b"text", "readme.txt": b"text"}
     write_folder(tmp_path / "pack", tiles)
     (tmp_path / "pack/3/1/7.png").mkdir()
+    (tmp_path / "pack/2").touch()
     with closing(open_source(str(tmp_path / "pack"))) as source:
         assert (source.name, source.world, source.attribution, source.tile_size) == ("pack", "earth", "", 256)
         asked = [(1, y) for y in range(8)] + [(2, 0)]
@@ -230,7 +249,7 @@ def test_pixels_of_every_mode():
     grey = Image.new("L", (4, 4), 77)
     assert (decode_tile(encoded(grey)) == 77).all()
     assert (decode_tile(encoded(Image.new("1", (4, 4), 1))) == 255).all()
-    assert (decode_tile(encoded(Image.fromarray(np.full((4, 4), 77 * 257, np.uint16)))) == 77).all()
+    assert (decode_tile(encoded(Image.fromarray(np.full((4, 4), 77 * 256 + 200, np.uint16)))) == 77).all()
     assert (decode_tile(encoded(Image.new("RGB", (4, 4), (9, 8, 7)).quantize(2))) == (9, 8, 7)).all()
     assert (decode_tile(encoded(Image.new("RGBA", (4, 4), (100, 0, 200, 0)))) == 255).all()
     assert (decode_tile(encoded(Image.new("RGBA", (4, 4), (100, 0, 200, 51)))) == (224, 204, 244)).all()
@@ -242,7 +261,7 @@ def test_pixels_of_every_mode():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_tiles_cut_short_are_missing(kind):
+def test_tiles_cut_short_are_missing(kind, capfd):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, kind)
@@ -251,10 +270,19 @@ def test_tiles_cut_short_are_missing(kind):
     assert decode_tile(whole + b"\0\0\n") is not None
     for part in (0.1, 0.5, 0.9, 0.99):
         assert decode_tile(whole[: int(len(whole) * part)]) is None
+    assert capfd.readouterr().err == ""  # where the decoders complain
+
+
+def test_a_tile_of_absurd_size_is_missing():
+    whole = picture("red", size=1)
+    size = b"IHDR" + struct.pack(">II", 100_000, 100_000) + whole[24:29]
+    assert decode_tile(whole[:12] + size + struct.pack(">I", zlib.crc32(size)) + whole[33:]) is None
 
 
 def test_a_gzip_bomb_is_missing():
-    assert decode_tile(gzip.compress(bytes(17 << 20))) is None
+    padded = picture("red", "JPEG") + bytes(17 << 20)
+    assert decode_tile(padded) is not None
+    assert decode_tile(gzip.compress(padded)) is None
 
 
 def test_tiles_of_another_size_are_resized(tmp_path):
@@ -268,6 +296,30 @@ def test_tiles_of_another_size_are_resized(tmp_path):
     (batch,) = stream(iter([(0, lambda: step)]), workers=1, tile_size=lambda _: 16)
     reduced = Image.fromarray(step).resize((16, 16), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(batch.pixels[0], np.asarray(reduced))
+
+
+def test_the_side_of_the_tiles_is_asked_for_once():
+    asked = []
+    jobs = [(i, lambda: np.zeros((4, 4, 3), np.uint8)) for i in range(100)]
+    batches = list(stream(iter(jobs), workers=2, tile_size=lambda pixels: asked.append(pixels) or 4))
+    assert sum(len(batch.positions) for batch in batches) == 100
+    assert len(asked) == 1
+
+
+def test_an_abandoned_stream_drops_the_jobs_that_wait():
+    done = []
+
+    def job():
+        time.sleep(0.001)
+        done.append(1)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    batches = stream(((i, job) for i in range(1000)), workers=1, tile_size=lambda _: 4)
+    next(batches)
+    batches.close()
+    assert len(done) < 2 * CHUNK
+    time.sleep(0.1)
+    assert len(done) < 2 * CHUNK
 
 
 def test_what_a_job_raises_reaches_the_caller():
