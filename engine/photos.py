@@ -280,8 +280,7 @@ def _read_image(image: "Image.Image", name: str) -> Pixels:
         # Only TIFF files have their metadata parsed while they are decoded.
         with _quietly() if image.format == "TIFF" else nullcontext():
             image.load()
-        orientation = _orientation(image)
-        return _upright(_rgb(image, name), orientation)
+        return _upright(_rgb(image, name), _orientation(image))
     except PhotoError:
         raise
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, EOFError, struct.error
