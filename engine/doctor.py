@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from geoengine.engine.backends.cores import available_cores
 from geoengine.engine.bundle import EngineBundle, usual_folders
+from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import BundleError
 
 REINSTALL = "pip install --force-reinstall --no-deps . (in the source folder of geoengine)"

@@ -14,9 +14,9 @@ from tiny_bundle import EMBED_DIM, IMAGE_SIZE, write_manifest, write_tiny_bundle
 
 from geoengine.engine.backends import BACKENDS, open_backend
 from geoengine.engine.backends import onnxruntime as module
-from geoengine.engine.backends.cores import available_cores, cgroup_quota
 from geoengine.engine.backends.onnxruntime import MAX_BATCH, OnnxRuntimeCpu
 from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.cores import available_cores, cgroup_quota
 from geoengine.engine.errors import BackendError, BundleError
 from geoengine.engine.preprocess import center_square
 
@@ -256,7 +256,7 @@ def test_cgroup_quota(tmp_path):
 
 
 def test_cores_are_the_smaller_of_affinity_and_quota(monkeypatch):
-    cores = "geoengine.engine.backends.cores"
+    cores = "geoengine.engine.cores"
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
     for quota, expected in ((None, 6), (0.5, 1), (2.5, 3), (64.0, 6)):
         monkeypatch.setattr(f"{cores}.cgroup_quota", lambda quota=quota: quota)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.backends import ONNXRUNTIME_CPU
-from geoengine.engine.backends.cores import available_cores
 from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import BackendError
 from geoengine.engine.preprocess import center_square
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from geoengine.engine.backends.cores import available_cores
+from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.sources.decode import Job, Pixels, decode_tile, stream

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from geoengine.engine.backends.cores import available_cores
+from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.sources.decode import Job, decode_tile, stream

@@ -24,7 +24,7 @@ def main() -> None:
         for number, i in enumerate(inside, start=1):
             picture = planet.photo(lat[i], lng[i], seed=SEED + number)
             name = f"planet{number:02d}.jpg"
-            Image.fromarray(picture).save(FOLDER / name, quality=88, subsampling=0, optimize=True)
+            Image.fromarray(picture).save(FOLDER / name, quality=82, subsampling=0, optimize=True)
             writer.writerow([name, f"{lat[i]:.6f}", f"{lng[i]:.6f}"])
 
 
