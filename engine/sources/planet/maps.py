@@ -6,6 +6,7 @@ magnified, reduced or cropped views of cells, so every zoom shows the same world
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import cv2
@@ -38,27 +39,47 @@ _BADGES = tuple((0.045 + 0.235 * column, top) for top in (0.795, 0.035) for colu
 
 def render_cells(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
     """Draw the cells `xy` (int64[n, 2]) of an even `level` from 2 to 16, as RGB uint8[n, size, size, 3]."""
-    kind = world.land_kind(level, xy)
+    kind = world.land_kind(level, xy).tolist()
+    heights = [
+        None if only_land == 1 else world.elevation_grid(level, x, y, size)
+        for only_land, (x, y) in zip(kind, xy.tolist(), strict=True)
+    ]
+    pictures = np.empty((len(xy), size, size, 3), dtype=np.uint8)
+    land = []
+    for i, height in enumerate(heights):
+        if height is None or bool((height > 0).any()):
+            land.append(i)
+        else:
+            pictures[i] = _sea_colours(height)
+    if land:
+        pictures[land] = _draw_land(world, level, xy[land], [heights[i] for i in land], size)
+    for picture in pictures:
+        _add_grain(picture)
+    return pictures
+
+
+def _draw_land(
+    world: World, level: int, xy: Int64Array, heights: Sequence[Float32Array | None], size: int
+) -> UInt8Array:
+    """Draw cells that have land: ground, roads, sea where the height says so, then what is printed on top."""
     pictures = _ground(world, level, xy, size)
     symbol = MAP_SYMBOL.rgb(world.ancestor_hues(level, xy))  # (n, levels, 2, 3)
     towns, roads = _towns(world, level, xy), _roads(world, level, xy)
     names = place_names(world.seed, level, xy)
     highways = _roads(world, level - 2, xy >> 2) * 4 - (xy & 3)[:, None, None] if level >= 4 else roads[:, :0]
-    for i, (x, y) in enumerate(xy.tolist()):
-        picture, colours = pictures[i], symbol[i]
-        sea = None if kind[i] == 1 else world.elevation_grid(level, x, y, size)
-        if sea is not None and not (sea > 0).any():
-            picture[:] = _SEA_RGB[np.digitize(sea, _SEA_DEPTHS)]
-            _add_grain(picture)
-            continue
-        _draw_roads(picture, highways[i], _up(colours, 2), max(1, size // 48))
-        _draw_roads(picture, roads[i], _up(colours, 1), max(1, round(size * 0.055)))
-        if sea is not None:
-            water = sea <= 0
-            picture[water] = _SEA_RGB[np.digitize(sea[water], _SEA_DEPTHS)]
-        _draw_symbols(picture, towns[i] * size, colours, names[i])
-        _add_grain(picture)
+    for i, (picture, height) in enumerate(zip(pictures, heights, strict=True)):
+        _draw_roads(picture, highways[i], _up(symbol[i], 2), max(1, size // 48))
+        _draw_roads(picture, roads[i], _up(symbol[i], 1), max(1, round(size * 0.055)))
+        if height is not None:
+            np.copyto(picture, _sea_colours(height), where=(height <= 0)[..., None])
+        _draw_symbols(picture, towns[i] * size, symbol[i], names[i])
     return pictures
+
+
+def _sea_colours(height: Float32Array) -> UInt8Array:
+    """Return the sea's colours by depth, uint8[size, size, 3]."""
+    depth = sum((height >= limit).view(np.uint8) for limit in _SEA_DEPTHS)
+    return np.asarray(_SEA_RGB[depth])
 
 
 def _up(colours: Float32Array, levels: int) -> Float32Array:
