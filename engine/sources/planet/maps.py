@@ -28,6 +28,7 @@ UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float64]
 
 _GROUND_CELLS = 4  # lattice cells of the ground mosaic per map cell
+_ALL = slice(None)
 _WARP = 0.055  # of a cell: how far a border between two cells wanders
 _KEY_GROUND, _KEY_WARP_X, _KEY_WARP_Y, _KEY_ROAD, _KEY_TOWN = 21, 22, 23, 24, 25
 _SEA_RGB = np.array([[58, 96, 140], [66, 108, 150], [80, 126, 164], [104, 150, 180]], dtype=np.uint8)
@@ -40,19 +41,19 @@ _BADGES = tuple((0.045 + 0.235 * column, top) for top in (0.795, 0.035) for colu
 def render_cells(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
     """Draw the cells `xy` (int64[n, 2]) of an even `level` from 2 to 16, as RGB uint8[n, size, size, 3]."""
     kind = world.land_kind(level, xy).tolist()
-    heights = [
-        None if only_land == 1 else world.elevation_grid(level, x, y, size)
-        for only_land, (x, y) in zip(kind, xy.tolist(), strict=True)
-    ]
     pictures = np.empty((len(xy), size, size, 3), dtype=np.uint8)
-    land = []
-    for i, height in enumerate(heights):
-        if height is None or bool((height > 0).any()):
-            land.append(i)
+    heights: dict[int, Float32Array | None] = {}  # of the cells that have land; None where they have no sea
+    for i, (x, y) in enumerate(xy.tolist()):
+        height = None if kind[i] == 1 else world.elevation_grid(level, x, y, size)
+        if height is None or height.min() > 0:
+            heights[i] = None
+        elif height.max() > 0:
+            heights[i] = height
         else:
             pictures[i] = _sea_colours(height)
-    if land:
-        pictures[land] = _draw_land(world, level, xy[land], [heights[i] for i in land], size)
+    if heights:
+        land = list(heights)
+        pictures[land] = _draw_land(world, level, xy[land], list(heights.values()), size)
     for picture in pictures:
         _add_grain(picture)
     return pictures
@@ -89,33 +90,48 @@ def _up(colours: Float32Array, levels: int) -> Float32Array:
 
 def _ground(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
     """Draw the mosaic of bright `a` and dark `b`, with neighbours' colours where a border wanders in."""
-    mosaic = _field(world, _KEY_GROUND, level, xy, _GROUND_CELLS, size)
-    child = _field(world, _KEY_GROUND, level + 2, xy * 4, _GROUND_CELLS, size, cells=4)
-    parent = _parent_field(world, level, xy, size)
-    warp_x = _field(world, _KEY_WARP_X, level, xy, _GROUND_CELLS, size) * _WARP
-    warp_y = _field(world, _KEY_WARP_Y, level, xy, _GROUND_CELLS, size) * _WARP
-    centres, bump, child_cell, stripes = _pixel_tables(size)
-    across, down = warp_x + centres, warp_y + centres[:, None]
-    index = 18 + child_cell * 2 + (child > 0)
-    unlike = (np.abs(child) * bump <= 0.34) | (across >= 1) | (across < 0) | (down >= 1) | (down < 0)
-    column = 1 + (across >= 1).view(np.int8) - (across < 0).view(np.int8)
-    row = 1 + (down >= 1).view(np.int8) - (down < 0).view(np.int8)
-    np.copyto(index, ((row * 3 + column) * 2 + (mosaic > 0)).view(np.uint8), where=unlike)
-    index += (parent > 0) * np.uint8(50)
+    ground = world.seed * 64 + _KEY_GROUND
+    mosaic = _field(ground, level, xy * _GROUND_CELLS, _GROUND_CELLS, size) > 0
+    child = _field(ground, level + 2, xy * 4 * _GROUND_CELLS, 4 * _GROUND_CELLS, size)
+    parent = _field(ground, level - 2, xy * _GROUND_CELLS // 4, _GROUND_CELLS // 4, size) > 0
+    bump, child_cell, stripes = _pixel_tables(size)
+    cell = _cells_at_pixels(world, level, xy, size)
+    index = np.where(
+        np.abs(child) * bump > 0.34, 18 + child_cell * 2 + (child > 0), 8 + mosaic.view(np.uint8)
+    )
+    beyond = cell != 4
+    index[beyond] = cell[beyond] * 2 + mosaic[beyond]
+    index += parent * np.uint8(50)
     if level >= 12:
-        index += (stripes & (mosaic > 0)) * np.uint8(100)
+        index += (stripes & mosaic) * np.uint8(100)
     pictures = np.empty((len(xy), size, size, 3), dtype=np.uint8)
     for classes, legend, picture in zip(index, _legend(world, level, xy), pictures, strict=True):
         cv2.LUT(cv2.cvtColor(classes, cv2.COLOR_GRAY2RGB), legend, picture)
     return pictures
 
 
+def _cells_at_pixels(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
+    """Return which of the 3 x 3 cells around it each pixel shows, row by row, so 4 is its own; [n, size, size].
+
+    Borders wander by at most `_WARP`, so only strips along the edges are looked at.
+    """
+    centres = ((np.arange(size) + 0.5) / size).astype(np.float32)
+    strip = np.flatnonzero(np.abs(centres - 0.5) > 0.5 - _WARP)
+    cell = np.full((len(xy), size, size), 4, dtype=np.uint8)
+    start = xy * _GROUND_CELLS
+    across = _field(world.seed * 64 + _KEY_WARP_X, level, start, _GROUND_CELLS, size, columns=strip)
+    across = across * _WARP + centres[strip]
+    cell[:, :, strip] += (across >= 1).view(np.uint8) - (across < 0).view(np.uint8)
+    down = _field(world.seed * 64 + _KEY_WARP_Y, level, start, _GROUND_CELLS, size, rows=strip)
+    down = down * _WARP + centres[strip, None]
+    cell[:, strip] += 3 * ((down >= 1).view(np.uint8) - (down < 0).view(np.uint8))
+    return cell
+
+
 def _legend(world: World, level: int, xy: Int64Array) -> UInt8Array:
     """Return the colours of all ground classes, uint8[n, 1, 256, 3]: by stripe, shade, cell or child, hue."""
     n = len(xy)
-    offset = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="xy"), axis=-1).reshape(
-        9, 2
-    )  # row-major, (x, y)
+    offset = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), axis=-1).reshape(9, 2)  # row by row, (x, y)
     around = world.hues(level, (xy[:, None] + offset).reshape(-1, 2)).reshape(n, 9, 2)
     inner = np.stack(np.meshgrid(range(4), range(4), indexing="xy"), axis=-1).reshape(16, 2)
     children = world.hues(level + 2, (xy[:, None] * 4 + inner).reshape(-1, 2)).reshape(n, 16, 2)
@@ -128,38 +144,36 @@ def _legend(world: World, level: int, xy: Int64Array) -> UInt8Array:
 
 
 def _field(
-    world: World, key: int, level: int, xy: Int64Array, per_cell: int, size: int, *, cells: int = 1
+    key: int,
+    level: int,
+    start: Int64Array,
+    extent: int,
+    size: int,
+    *,
+    rows: Int64Array | slice = _ALL,
+    columns: Int64Array | slice = _ALL,
 ) -> Float32Array:
-    """Sample value noise in windows of `cells` x `cells` cells that start at `xy`; float32[n, size, size]."""
-    first, matrix = bspline_matrix(0.0, cells * per_cell / size, size)
-    taps = first + np.arange(matrix.shape[1])
-    columns = (xy[:, 0, None, None] * per_cell + taps) % (per_cell << level)
-    rows = xy[:, 1, None, None] * per_cell + taps[:, None]
-    values = lattice_values(world.seed * 64 + key, level, columns, rows)  # (n, taps, taps)
-    return np.asarray(matrix @ values @ matrix.T, dtype=np.float32)
+    """Sample the noise that level `level` has four lattice cells of per map cell, float32[n, rows, columns].
 
-
-def _parent_field(world: World, level: int, xy: Int64Array, size: int) -> Float32Array:
-    """Sample the parent's mosaic field inside each cell; float32[n, size, size]."""
-    first, matrix = bspline_matrix(0.0, _GROUND_CELLS / 4 / size, size)
+    A window starts at `start`, int64[n, 2] in lattice cells, and `extent` of them are `size` pixels, of which
+    the given rows and columns are sampled.
+    """
+    first, matrix = bspline_matrix(0.0, extent / size, size)
     taps = first + np.arange(matrix.shape[1])
-    columns = (xy[:, 0, None, None] + taps) % (_GROUND_CELLS << (level - 2))
-    values = lattice_values(
-        world.seed * 64 + _KEY_GROUND, level - 2, columns, xy[:, 1, None, None] + taps[:, None]
-    )
-    return np.asarray(matrix @ values @ matrix.T, dtype=np.float32)
+    lattice_columns = (start[:, 0, None, None] + taps) % (_GROUND_CELLS << level)
+    lattice_rows = start[:, 1, None, None] + taps[:, None]
+    values = lattice_values(key, level, lattice_columns, lattice_rows)  # (n, taps, taps)
+    return np.asarray(matrix[rows] @ values @ matrix[columns].T, dtype=np.float32)
 
 
 @lru_cache(maxsize=8)
-def _pixel_tables(
-    size: int,
-) -> tuple[Float32Array, Float32Array, UInt8Array, npt.NDArray[np.bool_]]:
-    """Pixel centres in cell units, the window that keeps blobs inside child cells, child numbers, stripes."""
+def _pixel_tables(size: int) -> tuple[Float32Array, UInt8Array, npt.NDArray[np.bool_]]:
+    """Return the window that keeps blobs inside child cells, the child number and the stripes of each pixel."""
     centres = ((np.arange(size) + 0.5) / size).astype(np.float32)
     edge = np.clip(np.sin(np.pi * (centres * 4 % 1)) * 1.6, 0, 1)
     child = (centres * 4).astype(np.uint8)
     diagonal = (centres + centres[:, None]) * 14 % 1
-    return centres, np.outer(edge, edge), child[:, None] * 4 + child, diagonal < 0.4
+    return np.outer(edge, edge), child[:, None] * 4 + child, diagonal < 0.4
 
 
 def _draw_roads(picture: UInt8Array, roads: FloatArray, colours: Float32Array, width: int) -> None:

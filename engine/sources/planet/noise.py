@@ -11,19 +11,38 @@ Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
+_MASK = (1 << 64) - 1
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
 
 def hash_integers(*keys: int | npt.NDArray[np.integer]) -> UInt64Array:
     """Mix integers into well-spread 64-bit numbers (the finaliser of SplitMix64, once per key).
 
-    `keys` broadcast against each other; the answer is uint64 of their common shape, at least 1-d.
+    `keys` broadcast against each other, Python integers first; the answer is uint64 of their common shape, at
+    least 1-d. Reference: G. Steele, D. Lea, C. Flood, Fast splittable pseudorandom number generators, 2014.
     """
-    state = np.full(1, 0x9E3779B97F4A7C15, dtype=np.uint64)
+    seed, mixed = 0x9E3779B97F4A7C15, 0
     for key in keys:
-        state = state ^ np.atleast_1d(np.asarray(key)).astype(np.int64).view(np.uint64)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
+        if not isinstance(key, int):
+            break
+        seed = _mix(seed ^ (key & _MASK))  # a plain integer is mixed faster outside NumPy
+        mixed += 1
+    state = np.full(1, seed, dtype=np.uint64)
+    for key in keys[mixed:]:
+        state = state ^ np.asarray(key, dtype=np.int64).view(np.uint64)
+        state ^= state >> _SHIFTS[0]
+        state *= _FACTORS[0]
+        state ^= state >> _SHIFTS[1]
+        state *= _FACTORS[1]
+        state ^= state >> _SHIFTS[2]
     return state
+
+
+def _mix(state: int) -> int:
+    state = (state ^ (state >> 30)) * int(_FACTORS[0]) & _MASK
+    state = (state ^ (state >> 27)) * int(_FACTORS[1]) & _MASK
+    return state ^ (state >> 31)
 
 
 def hash_unit(*keys: int | npt.NDArray[np.integer]) -> Float32Array:
