@@ -7,7 +7,7 @@ DIST ?= dist
 
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
 
-.PHONY: locate test lint wheel clean
+.PHONY: locate test lint readme wheel clean
 
 locate: $(VENV)/base.stamp
 	@$(VENV)/bin/geoengine locate --demo $(PHOTO)
@@ -19,6 +19,10 @@ lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Puts the figures of bench/results into the README.
+readme: $(VENV)/base.stamp
+	$(VENV)/bin/python -m geoengine.bench.readme
 
 wheel: $(VENV)/bin/python
 	$(VENV)/bin/pip wheel --no-deps --wheel-dir $(DIST) .

@@ -111,7 +111,7 @@ def _ground(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
 
 
 def _cells_at_pixels(world: World, level: int, xy: Int64Array, size: int) -> UInt8Array:
-    """Return which of the 3 x 3 cells around it each pixel shows, row by row, so 4 is its own; [n, size, size].
+    """Return which of the 3 x 3 cells around each pixel shows, row by row, 4 its own; uint8[n, size, size].
 
     Borders wander by at most `_WARP`, so only strips along the edges are looked at.
     """
@@ -168,7 +168,7 @@ def _field(
 
 @lru_cache(maxsize=8)
 def _pixel_tables(size: int) -> tuple[Float32Array, UInt8Array, npt.NDArray[np.bool_]]:
-    """Return the window that keeps blobs inside child cells, the child number and the stripes of each pixel."""
+    """Return each pixel's weight for blobs, 0 along child borders, its child cell, whether striped."""
     centres = ((np.arange(size) + 0.5) / size).astype(np.float32)
     edge = np.clip(np.sin(np.pi * (centres * 4 % 1)) * 1.6, 0, 1)
     child = (centres * 4).astype(np.uint8)

@@ -1,0 +1,79 @@
+"""Put the measured figures into the README, so that none is typed by hand: `make readme`.
+
+The figures are what `geoengine evaluate planet … --json` wrote to `bench/results/planet/`, one file a run.
+A block of the README between `<!-- name -->` and `<!-- /name -->` is replaced; a test checks that it is
+current.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+README = _ROOT / "README.md"
+RESULTS = _ROOT / "bench" / "results" / "planet"
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """Return the README `text` with its blocks of figures filled from the files in `results`."""
+    beams = load_beams(results)
+    blocks = {"accuracy": accuracy_table(beams), "recall": recall_table(beams), "headline": headline(beams)}
+    for name, block in blocks.items():
+        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(first) != 1 or text.count(last) != 1:
+            raise ValueError(f"the README must have one block {first} … {last}")
+        before, rest = text.split(first)
+        text = before + first + block + last + rest.split(last)[1]
+    return text
+
+
+def load_beams(results: Path) -> list[dict[str, Any]]:
+    """Return the figures of every beam width of all reports in a folder, narrow ones first."""
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
+    return sorted((beam for report in reports for beam in report["beams"]), key=lambda beam: int(beam["k"]))
+
+
+def accuracy_table(beams: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of the share of photos within each distance, with 95 % intervals at 1 km."""
+    distances = list(beams[0]["within_km"])
+    rows = []
+    for beam in beams:
+        within = beam["within_km"]
+        nearest = within[distances[0]]
+        interval = " – ".join(percent(end) for end in nearest["ci95"])
+        shares = [percent(within[distance]["share"]) for distance in distances]
+        rows.append([beam["k"], beam["photos"], *shares, interval, f"{beam['median_km']:.2f} km"])
+    headings = [f"≤ {float(distance):,g} km" for distance in distances]
+    header = ["k", "photos", *headings, "≤ 1 km, 95 % interval", "median"]
+    return table(header, rows)
+
+
+def recall_table(beams: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of how often the true tile is in the beam of each level."""
+    zooms = list(beams[0]["recall"])
+    rows = [[beam["k"], *(percent(beam["recall"][zoom]["share"]) for zoom in zooms)] for beam in beams]
+    return table(["k", *(f"zoom {zoom}" for zoom in zooms)], rows)
+
+
+def headline(beams: Sequence[dict[str, Any]]) -> str:
+    """Return the share within 1 km at k = 16."""
+    [beam] = [beam for beam in beams if beam["k"] == 16]
+    return percent(next(iter(beam["within_km"].values()))["share"])
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table, right-aligned, with a line break before and after."""
+    lines = [header, ["---:"] * len(header), *rows]
+    return "\n" + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage with one decimal."""
+    return f"{100 * share:.1f} %"
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")

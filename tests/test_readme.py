@@ -1,0 +1,59 @@
+"""The README: its figures are those measured, its Python runs, its commands exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from geoengine.bench import readme
+from geoengine.cli import app
+
+TEXT = readme.README.read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_figures_are_those_of_the_results():
+    assert readme.render(TEXT) == TEXT, "run `make readme`"
+
+
+def test_other_results_give_other_figures(tmp_path):
+    for file in readme.RESULTS.glob("*.json"):
+        report = json.loads(file.read_text())
+        for beam in report["beams"]:
+            beam["within_km"]["1"]["share"] = 0.123
+        (tmp_path / file.name).write_text(json.dumps(report))
+    changed = readme.render(TEXT, tmp_path)
+    assert changed.count("12.3 %") == len(readme.load_beams(tmp_path)) + 1
+
+
+def test_a_missing_block_is_an_error():
+    with pytest.raises(ValueError, match="one block <!-- recall -->"):
+        readme.render(TEXT.replace("<!-- recall -->", ""))
+
+
+def test_the_python_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    [block] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "km" in capsys.readouterr().out
+
+
+def test_the_commands_and_their_options_exist():
+    group = get_command(app)
+    used = set(re.findall(r"geoengine ([a-z-]+)((?: [^`\n#]*)?)", TEXT))
+    assert {"locate", "build-engines", "evaluate", "doctor", "train"} <= {name for name, _ in used}
+    for name, arguments in used:
+        if name not in group.commands:
+            continue
+        known = {option for parameter in group.commands[name].params for option in parameter.opts}
+        for option in re.findall(r" (--[a-z-]+)", arguments):
+            assert option in known or hasattr(group.commands[name], "commands"), (name, option)
+
+
+def test_files_that_it_links_to_are_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
+    assert "RESPONSIBLE_USE.md" in links
+    for link in links:
+        assert (ROOT / link).exists(), link
