@@ -73,8 +73,8 @@ class GeoEngine:
         if tiles is None:
             if opened.world != "planet":
                 raise SourceError(
-                    "no tile source given: name a URL template with {z}, {x} and {y}, an .mbtiles file "
-                    "or a folder"
+                    "no tile source given: name a URL template with {z}, {x} and {y}, an .mbtiles or "
+                    ".pmtiles file, or a folder"
                 )
             tiles = "planet"
         with ExitStack() as undo:

@@ -365,15 +365,8 @@ def test_what_is_no_source(tmp_path):
     (tmp_path / "a.png").touch()
     for spec in ("nonsense", str(tmp_path / "a.png"), str(tmp_path / "nowhere")):
         with pytest.raises(
-            SourceError, match=r"URL template .*, an \.mbtiles file, a folder .*, or the word planet"
-        ):
-            open_source(spec)
-
-
-def test_pmtiles_are_refused_with_the_way_out():
-    for spec in ("world.pmtiles", "https://host/world.pmtiles?x=1"):
-        with pytest.raises(
-            SourceError, match=r"this version does not read PMTiles; convert the file to MBTiles"
+            SourceError,
+            match=r"URL template .*, an \.mbtiles or \.pmtiles file, a folder .*, or the word planet",
         ):
             open_source(spec)
 

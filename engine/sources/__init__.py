@@ -11,8 +11,8 @@ import numpy.typing as npt
 from geoengine.engine.errors import SourceError
 
 _WHAT_A_SOURCE_IS = (
-    "a tile source is a URL template such as https://host/{z}/{x}/{y}.png, an .mbtiles file, "
-    "a folder of z/x/y.png tiles, or the word planet"
+    "a tile source is a URL template such as https://host/{z}/{x}/{y}.png, "
+    "an .mbtiles or .pmtiles file, a folder of z/x/y.png tiles, or the word planet"
 )
 
 
@@ -60,7 +60,7 @@ class TileSource(Protocol):
 
 
 def open_source(spec: str) -> TileSource:
-    """Open the tile source that `spec` names: "planet", a URL template, an .mbtiles file or a folder.
+    """Open the tile source `spec`: "planet", a URL template, an .mbtiles or .pmtiles file or a folder.
 
     Raises SourceError when it is none of these or cannot be opened.
     """
@@ -69,11 +69,9 @@ def open_source(spec: str) -> TileSource:
 
         return PlanetSource()
     shown = spec.partition("?")[0]  # a key, if there is one, is in the rest
-    if shown.lower().endswith(".pmtiles"):
-        raise SourceError(
-            f"{shown}: this version does not read PMTiles; convert the file to MBTiles and give that instead"
-        )
     if spec.lower().startswith(("http://", "https://")):
+        if shown.lower().endswith(".pmtiles"):
+            raise SourceError(f"{shown}: PMTiles are read from local files only; download the file first")
         from geoengine.engine.sources.http import HttpSource
 
         return HttpSource(spec)
@@ -82,6 +80,10 @@ def open_source(spec: str) -> TileSource:
         from geoengine.engine.sources.mbtiles import MBTilesSource
 
         return MBTilesSource(path)
+    if path.suffix.lower() == ".pmtiles":
+        from geoengine.engine.sources.pmtiles import PMTilesSource
+
+        return PMTilesSource(path)
     if path.is_dir():
         from geoengine.engine.sources.folder import FolderSource
 

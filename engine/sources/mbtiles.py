@@ -1,7 +1,5 @@
 """Tiles from an MBTiles file: an SQLite database of tiles, whose rows are counted from the south (TMS)."""
 
-import html
-import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,11 +13,12 @@ import numpy.typing as npt
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import TileBatch
+from geoengine.engine.sources.archive import TRIED, plain_text, side_of, vector_tiles
 from geoengine.engine.sources.decode import Job, decode_tile, stream
 from geoengine.engine.tiles import as_xy, tile_count
 
 _TILE = "SELECT tile_data FROM tiles WHERE zoom_level = ? AND tile_column = ? AND tile_row = ?"
-_FIRST_TILES = "SELECT tile_data FROM tiles WHERE length(tile_data) > 0 LIMIT 8"
+_FIRST_TILES = f"SELECT tile_data FROM tiles WHERE length(tile_data) > 0 LIMIT {TRIED}"
 
 
 class MBTilesSource:
@@ -50,16 +49,11 @@ class MBTilesSource:
         rows = self._rows("SELECT name, value FROM metadata")
         metadata = {str(key): str(value) for key, value in rows if value is not None}
         if metadata.get("format") in ("pbf", "mvt"):
-            raise SourceError(f"{self.name}: this file holds vector tiles, but pictures are needed")
-        self.attribution = _plain_text(metadata.get("attribution", ""))
+            raise vector_tiles(self.name)
+        self.attribution = plain_text(metadata.get("attribution", ""))
         self.min_zoom = self._zoom(metadata, "min")
         self.max_zoom = self._zoom(metadata, "max")
-        pictures = [decode_tile(data) for (data,) in self._rows(_FIRST_TILES)]
-        sides = [picture.shape[1] for picture in pictures if picture is not None]
-        if not sides:
-            what = "no tiles" if not pictures else "tiles that are not PNG, JPEG or WebP pictures"
-            raise SourceError(f"{self.name}: this file holds {what}")
-        self.tile_size = sides[0]
+        self.tile_size = side_of(self.name, (data for (data,) in self._rows(_FIRST_TILES)))
 
     def _zoom(self, metadata: dict[str, str], end: str) -> int:
         try:
@@ -93,8 +87,3 @@ class MBTilesSource:
                 return cursor.fetchall()
         except sqlite3.Error as error:
             raise SourceError(f"{self.name}: this is no MBTiles file, or a damaged one ({error})") from error
-
-
-def _plain_text(attribution: str) -> str:
-    """Return an attribution, which in MBTiles files is often HTML, without its tags."""
-    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", attribution)).split())

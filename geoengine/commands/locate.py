@@ -72,7 +72,7 @@ def locate(
     tiles: Annotated[
         str | None,
         typer.Option(
-            help="Map tiles: a URL template with {z} {x} {y}, an .mbtiles file, a folder, or planet."
+            help="Map tiles: a URL template with {z} {x} {y}, an .mbtiles or .pmtiles file, a folder, planet."
         ),
     ] = None,
     backend: Annotated[str, typer.Option(help="What runs the encoders.")] = "auto",

@@ -1,0 +1,179 @@
+"""Tiles from a PMTiles 3 file on disk: tiles along a Hilbert curve, rows counted from the north (XYZ)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import mmap
+import zlib
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from geoengine.engine.cores import available_cores
+from geoengine.engine.errors import SourceError
+from geoengine.engine.sources import TileBatch
+from geoengine.engine.sources.archive import TRIED, plain_text, side_of, vector_tiles
+from geoengine.engine.sources.decode import Job, decode_tile, stream
+from geoengine.engine.tiles import as_xy
+
+if TYPE_CHECKING:
+    from pmtiles.tile import Entry, HeaderDict
+
+_HEADER_BYTES = 127
+_MOST_DEPTH = 4  # directories from the root to a tile, as in the format's own readers
+_CACHED = 64  # directories kept parsed; one has some thousand entries
+_DAMAGE = (EOFError, OSError, RecursionError, ValueError, zlib.error)  # what parsing damaged bytes raises
+
+
+class PMTilesSource:
+    """The pictures in a PMTiles archive, which is mapped into memory; see the PMTiles 3 specification.
+
+    Zooms outside the archive's minzoom and maxzoom, and tiles that are no picture, are missing. Raises
+    SourceError for a file that is not there, is no PMTiles 3 file, is cut short or damaged, or holds vector
+    tiles.
+    """
+
+    world = "earth"
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.name
+        if not path.is_file():
+            raise SourceError(f"{path}: there is no such file")
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: the file is empty
+            raise SourceError(f"{path}: the file cannot be opened ({error})") from error
+        # Not a decorator, which would share one cache among all sources and keep them alive.
+        self._directory = lru_cache(_CACHED)(self._read_directory)
+        try:
+            self._header = self._read_header()
+            self._read_description()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self) -> HeaderDict:
+        from pmtiles.tile import deserialize_header
+
+        if self._map[:7] != b"PMTiles":
+            raise SourceError(f"{self._file}: this is no PMTiles file")
+        if self._map[7:8] != b"\x03":
+            raise SourceError(f"{self._file}: this is not version 3 of PMTiles, which alone is read")
+        try:
+            header = deserialize_header(self._bytes(0, _HEADER_BYTES))
+        except _DAMAGE as error:
+            raise self._damaged(error) from error
+        sections = (
+            (header["root_offset"], header["root_length"]),
+            (header["metadata_offset"], header["metadata_length"]),
+            (header["leaf_directory_offset"], header["leaf_directory_length"]),
+            (header["tile_data_offset"], header["tile_data_length"]),
+        )
+        end, size = max(offset + length for offset, length in sections), len(self._map)
+        if end > size:
+            raise SourceError(f"{self._file}: this file is cut short, {size} of its {end} bytes are there")
+        internal, tiles = header["internal_compression"].name, header["tile_compression"].name
+        if internal != "GZIP" or tiles in ("BROTLI", "ZSTD"):
+            raise SourceError(
+                f"{self._file}: this file's directories need gzip compression and its tiles gzip or none, "
+                f"but it has {internal.lower()} and {tiles.lower()}"
+            )
+        return header
+
+    def _read_description(self) -> None:
+        header = self._header
+        if header["tile_type"].name in ("MVT", "MLT"):
+            raise vector_tiles(self._file)
+        metadata = self._metadata()
+        self.name = plain_text(str(metadata.get("name") or "")) or self._file
+        self.attribution = plain_text(str(metadata.get("attribution") or ""))
+        self.min_zoom = header["min_zoom"]
+        self.max_zoom = header["max_zoom"]
+        first = islice(self._entries(header["root_offset"], header["root_length"]), TRIED)
+        self.tile_size = side_of(self._file, map(self._tile, first))
+
+    def _metadata(self) -> dict[str, Any]:
+        packed = self._bytes(self._header["metadata_offset"], self._header["metadata_length"])
+        try:
+            metadata = json.loads(gzip.decompress(packed))
+        except _DAMAGE as error:
+            raise self._damaged(error) from error
+        if not isinstance(metadata, dict):
+            raise self._damaged("its metadata is no JSON object")
+        return metadata
+
+    def read(self, z: int, xy: npt.NDArray[np.int64]) -> Iterator[TileBatch]:
+        """Yield the tiles of the request that the archive has."""
+        tiles = as_xy(z, xy).tolist()
+        if self.min_zoom <= z <= self.max_zoom:
+            yield from stream(
+                self._jobs(z, tiles), workers=available_cores(), tile_size=lambda _: self.tile_size
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._map.close()
+
+    def _jobs(self, z: int, tiles: list[list[int]]) -> Iterator[tuple[int, Job]]:
+        # Looked up here, in the caller's thread, and decoded in the workers: a look-up takes microseconds.
+        from pmtiles.tile import zxy_to_tileid
+
+        for position, (x, y) in enumerate(tiles):
+            entry = self._find(zxy_to_tileid(z, x, y))
+            if entry is not None:
+                yield position, partial(decode_tile, self._tile(entry))
+
+    def _find(self, tile_id: int) -> Entry | None:
+        from pmtiles.tile import find_tile
+
+        offset, length = self._header["root_offset"], self._header["root_length"]
+        for _ in range(_MOST_DEPTH):
+            entry = find_tile(self._directory(offset, length), tile_id)
+            if entry is None or entry.run_length > 0:
+                return entry
+            offset, length = self._leaf(entry)
+        raise self._damaged("its directories are nested too deep")
+
+    def _entries(self, offset: int, length: int, depth: int = 1) -> Iterator[Entry]:
+        """Yield the entries of tiles in a directory and in those below it, in the order of the curve."""
+        if depth > _MOST_DEPTH:
+            raise self._damaged("its directories are nested too deep")
+        for entry in self._directory(offset, length):
+            if entry.run_length > 0:
+                yield entry
+            else:
+                yield from self._entries(*self._leaf(entry), depth + 1)
+
+    def _leaf(self, entry: Entry) -> tuple[int, int]:
+        return self._header["leaf_directory_offset"] + entry.offset, entry.length
+
+    def _read_directory(self, offset: int, length: int) -> list[Entry]:
+        from pmtiles.tile import deserialize_directory
+
+        packed = self._bytes(offset, length)
+        try:
+            return deserialize_directory(packed)
+        except _DAMAGE as error:
+            raise self._damaged(error) from error
+
+    def _tile(self, entry: Entry) -> bytes:
+        return self._bytes(self._header["tile_data_offset"] + entry.offset, entry.length)
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        try:
+            data = self._map[offset : offset + length]
+        except ValueError as error:
+            raise SourceError(f"{self._file}: the file is closed") from error
+        if len(data) < length:
+            raise self._damaged("it points past its end")
+        return data
+
+    def _damaged(self, why: object) -> SourceError:
+        return SourceError(f"{self._file}: this PMTiles file is damaged ({why})")
