@@ -155,9 +155,10 @@ def test_an_unknown_backend(bundle, name):
         open_backend(bundle, backend=name)
 
 
-def test_threads_below_one(bundle):
-    with pytest.raises(BackendError, match="threads must be at least 1, got 0"):
-        open_backend(bundle, threads=0)
+@pytest.mark.parametrize("threads", [0, 100_000])
+def test_a_number_of_threads_that_cannot_be(bundle, threads):
+    with pytest.raises(BackendError, match=f"threads must be from 1 to 512, got {threads}"):
+        open_backend(bundle, threads=threads)
 
 
 def test_without_onnx_runtime(bundle, monkeypatch):

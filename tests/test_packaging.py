@@ -24,8 +24,8 @@ PACKAGES = PROJECT["tool"]["scikit-build"]["wheel"]["packages"]
 RANKS = {"kernels": 0, "engine": 1, "export": 2, "bench": 3, "training": 3, "geoengine": 4}
 
 # Slow to import, or not part of a base install.
-HEAVY = {"cv2", "httpx", "onnx", "onnxruntime", "onnxscript", "open_clip", "PIL", "pillow_heif", "sqlite3"}
-HEAVY |= {"tensorrt", "torch"}
+HEAVY = {"cv2", "httpx", "onnx", "onnxruntime", "onnxscript", "open_clip", "PIL", "pillow_heif", "pmtiles"}
+HEAVY |= {"sqlite3", "tensorrt", "torch"}
 
 
 def run_python(code: str) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from geoengine.export.encoders import VisionConfig, load_encoder_folder
 from geoengine.training import planet as planet_training
 from geoengine.training import planet_data
-from geoengine.training.contrastive import FineTuneConfig, PairSet, fine_tune, fit_projection
+from geoengine.training.contrastive import FineTuneConfig, PairSet, calibrate_scale, fine_tune, fit_projection
 from geoengine.training.pretrain import PretrainConfig, caption_projection, pretrain
 from geoengine.training.towers import freeze_trunk, head_features, trunk_tokens
 
@@ -149,6 +149,29 @@ def test_the_fitted_projection_is_the_ridge_solution() -> None:
         targets = torch.cat([pairs.photos.double(), torch.zeros(72, 72, dtype=torch.float64)])
         expected = torch.linalg.lstsq(rows, targets).solution
     torch.testing.assert_close(tower.proj.double(), expected, atol=1e-4, rtol=0, check_dtype=False)
+
+
+def test_the_calibrated_scale_is_the_one_that_the_choices_were_made_with() -> None:
+    """Draw the true candidate from the softmax at a known scale: the fit finds that scale again."""
+    generator = torch.Generator().manual_seed(0)
+    similarities = torch.rand(4000, 16, generator=generator)
+    target = torch.multinomial((25 * similarities).softmax(1), 1, generator=generator)[:, 0]
+    assert calibrate_scale(similarities, target) == pytest.approx(25, rel=0.05)
+
+
+def test_siblings_are_scored_with_the_true_one_in_its_place(places: np.ndarray) -> None:
+    """A photo embedding equal to its own tile's is most similar to exactly that column."""
+    tower = planet_training.VISION.build()
+    config = planet_training.PlanetTrainingConfig(workers=1)
+    own = tile_embeddings(tower, places, config)
+    similarities, target = planet_training.sibling_similarities(tower, tower, 12, places, own, config)
+    assert similarities.shape == (64, 16)
+    torch.testing.assert_close(similarities.argmax(1), target)
+
+
+def tile_embeddings(tower, places, config) -> torch.Tensor:
+    pixels = planet_data.render_tiles(12, places >> 4, config.workers).pixels
+    return F.normalize(planet_training.embed_photos(tower, pixels), dim=1)
 
 
 def test_the_whole_chain_writes_encoders_that_load(tmp_path, monkeypatch) -> None:

@@ -31,6 +31,7 @@ from geoengine.training.contrastive import (
     FineTuneConfig,
     FineTuneResult,
     PairSet,
+    calibrate_scale,
     encode_in_batches,
     fine_tune,
     fit_projection,
@@ -127,9 +128,12 @@ def fine_tune_levels(
         validation, _ = _pairs(tower, level, held_out, held_out_embeddings, rng, config)
         before = recall_at_1(current, validation)
         result = fine_tune(current, pairs, _batches(rng, pairs, extra), TRUNK_LAYERS, config.fine_tune)
-        _report(log, level, result, before, recall_at_1(current, validation), started)
+        scale = calibrate_scale(
+            *sibling_similarities(tower, current, level, held_out, held_out_embeddings, config)
+        )
+        _report(log, level, result, before, recall_at_1(current, validation), scale, started)
         heads[encoder_name(level)] = copy.deepcopy(current.state_dict())
-        scales[encoder_name(level)] = result.logit_scale
+        scales[encoder_name(level)] = scale
     return heads, scales
 
 
@@ -140,6 +144,30 @@ def recall_at_1(tower: Tower, pairs: PairSet) -> float:
         tiles = F.normalize(features @ tower.proj, dim=1)
     best = (pairs.photos @ tiles.T).argmax(1)
     return float((best == pairs.tile_of).float().mean())
+
+
+def sibling_similarities(
+    tower: Tower,
+    encoder: Tower,
+    level: int,
+    places: Int64Array,
+    photo_embeddings: torch.Tensor,
+    config: PlanetTrainingConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score photos against their own tile and its 15 siblings: cosines float[m, 16], true columns int64[m].
+
+    These are what a search has to tell apart at every level but the first. `tower` gives the trunk.
+    """
+    own = places >> (16 - level)
+    inner = np.stack(np.meshgrid(range(4), range(4), indexing="ij"), axis=-1).reshape(16, 2)
+    xy = ((own & ~np.int64(3))[:, None] + inner).reshape(-1, 2)
+    distinct, row = np.unique(xy, axis=0, return_inverse=True)
+    tokens = _tokens(tower, level, distinct, config)
+    with torch.no_grad():
+        tiles = F.normalize(encode_in_batches(encoder, tokens, TRUNK_LAYERS) @ encoder.proj, dim=1)
+    siblings = tiles[torch.from_numpy(row.reshape(-1, 16))]  # (m, 16, d)
+    target = torch.from_numpy((own[:, 0] & 3) * 4 + (own[:, 1] & 3))
+    return torch.einsum("md,mcd->mc", photo_embeddings, siblings), target
 
 
 def embed_photos(tower: Tower, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
@@ -184,11 +212,16 @@ def _pairs(
     anywhere = rng.integers(0, 1 << level, (len(own) // 20, 2))
     xy, row = np.unique(np.concatenate([own, siblings, anywhere]), axis=0, return_inverse=True)
     row = row.reshape(-1)
-    pixels = data.render_tiles(level, xy, config.workers).pixels
-    with torch.no_grad():
-        tokens = torch.cat([trunk_tokens(tower, images, TRUNK_LAYERS).half() for images in _images(pixels)])
+    tokens = _tokens(tower, level, xy, config)
     pairs = PairSet(photo_embeddings, tokens, torch.from_numpy(row[: len(own)].copy()))
     return pairs, np.unique(row[len(own) :])
+
+
+def _tokens(tower: Tower, level: int, xy: Int64Array, config: PlanetTrainingConfig) -> torch.Tensor:
+    """Draw tiles and run the trunk on them, float16[n, T, width]; it never changes, so once is enough."""
+    pixels = data.render_tiles(level, xy, config.workers).pixels
+    with torch.no_grad():
+        return torch.cat([trunk_tokens(tower, images, TRUNK_LAYERS).half() for images in _images(pixels)])
 
 
 def _batches(
@@ -203,10 +236,10 @@ def _batches(
 
 
 def _report(
-    log: Log, level: int, result: FineTuneResult, before: float, after: float, started: float
+    log: Log, level: int, result: FineTuneResult, before: float, after: float, scale: float, started: float
 ) -> None:
-    figures = {"recall_before": before, "recall_after": after, "seconds": time.perf_counter() - started}
-    log({"stage": encoder_name(level), **asdict(result), **figures})
+    figures = {"recall_before": before, "recall_after": after, "calibrated_scale": scale}
+    log({"stage": encoder_name(level), **asdict(result), **figures, "seconds": time.perf_counter() - started})
 
 
 class CsvLog:
@@ -214,7 +247,7 @@ class CsvLog:
 
     COLUMNS = (
         "stage", "step", "photo_error", "tile_error", "first_loss", "last_loss",
-        "logit_scale", "recall_before", "recall_after", "seconds",
+        "logit_scale", "recall_before", "recall_after", "calibrated_scale", "seconds",
     )  # fmt: skip
 
     def __init__(self, path: Path) -> None:

@@ -15,6 +15,9 @@ ONNXRUNTIME_CPU = "onnxruntime-cpu"
 BACKENDS = (ONNXRUNTIME_CPU,)
 """Names that `open_backend` takes besides "auto"."""
 
+MAX_THREADS = 512
+"""More would only exhaust the system: every graph of a bundle has threads of its own."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -47,8 +50,8 @@ def open_backend(bundle: EngineBundle, *, backend: str = "auto", threads: int | 
     `threads` is the number of CPU threads, by default the cores that this process may use. Raises
     BackendError when the backend is unknown or cannot run here; nothing else is ever taken in its place.
     """
-    if threads is not None and threads < 1:
-        raise BackendError(f"threads must be at least 1, got {threads}")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise BackendError(f"threads must be from 1 to {MAX_THREADS}, got {threads}")
     if backend not in ("auto", *BACKENDS):
         known = ", ".join(BACKENDS)
         raise BackendError(f"unknown backend {backend!r}: this version has auto and {known}")
