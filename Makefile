@@ -10,7 +10,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
 .PHONY: locate test lint readme wheel clean
 
 locate: $(VENV)/base.stamp
-	@$(VENV)/bin/geoengine locate --demo $(PHOTO)
+	@$(VENV)/bin/geoengine locate --demo '$(PHOTO)'
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/pytest
@@ -28,7 +28,7 @@ wheel: $(VENV)/bin/python
 	$(VENV)/bin/pip wheel --no-deps --wheel-dir $(DIST) .
 
 clean:
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DIST) .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/base.stamp: $(BUILD_INPUTS) | $(VENV)/bin/python
 	$(VENV)/bin/pip install --editable .

@@ -102,10 +102,12 @@ def evaluate_planet(
     Places are uniform over the planet's land by area. The photos are drawn in memory and the search sees
     nothing but their pixels. The same seed gives the same places and photos, and more photos begin with those
     of fewer. `engine` is by default the package's own for the planet; a given one stays open. Raises
-    GeoEngineError for numbers below 1, BundleError when the engine is for another world.
+    GeoEngineError for numbers below 1 or a negative seed, BundleError when the engine is for another world.
     """
     if photos < 1 or not ks:
         raise GeoEngineError(f"an evaluation needs at least one photo and one k, got {photos} and {list(ks)}")
+    if seed < 0:
+        raise GeoEngineError(f"seed must be 0 or more, got {seed}")
     if len(set(ks)) < len(ks):
         raise GeoEngineError(f"an evaluation needs each k once, got {list(ks)}")
     configs = [SearchConfig(k=k) for k in ks]  # refuses a bad k before anything is opened

@@ -195,13 +195,18 @@ class EngineBundle:
 def resolve_bundle(spec: str | Path | None) -> Path:
     """Return the folder of the given bundle, else the first of `usual_folders` that holds one.
 
-    "planet" is the bundle that the package brings; it is never chosen by itself. Raises BundleError with the
-    commands that help.
+    "planet" is the bundle that the package brings. No bundle of the planet is ever chosen by itself: a photo
+    of Earth would be placed on it. Raises BundleError with the commands that help.
     """
     if spec is not None:
         return PLANET if spec == "planet" else Path(spec)
     for folder in usual_folders():
         if (folder / MANIFEST).is_file():
+            if _shows_planet(folder):
+                raise BundleError(
+                    f"the engine bundle in {folder} is for the built-in planet, not for Earth: "
+                    "use --demo, or name that folder with --bundle"
+                )
             return folder
     raise BundleError(
         "no engine bundle found: run `geoengine build-engines --out engines/` to make one for Earth, "
@@ -216,6 +221,14 @@ def usual_folders() -> tuple[Path, Path]:
     """
     data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path("engines"), Path(data_home) / "geoengine" / "engines"
+
+
+def _shows_planet(folder: Path) -> bool:
+    """Tell whether a bundle is for the planet; a damaged one is not, and says so when it is opened."""
+    try:
+        return EngineBundle.open(folder, verify=False).world == "planet"
+    except BundleError:
+        return False
 
 
 def _remedy(folder: Path) -> str:

@@ -4,11 +4,12 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 
 import pytest
 
 from geoengine.engine import bundle as bundle_module
-from geoengine.engine.bundle import EngineBundle, encoder_name, resolve_bundle
+from geoengine.engine.bundle import PLANET, EngineBundle, encoder_name, resolve_bundle
 from geoengine.engine.errors import BundleError
 
 FILES = {
@@ -236,3 +237,12 @@ def test_the_users_data_folder_by_default(tmp_path, monkeypatch):
     users.mkdir(parents=True)
     (users / "manifest.json").touch()
     assert resolve_bundle(None) == users
+
+
+def test_a_bundle_of_the_planet_is_never_taken_by_itself(tmp_path, monkeypatch):
+    """Or a photo of Earth would be placed on an imaginary planet without anybody having asked for it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(PLANET, tmp_path / "engines")
+    with pytest.raises(BundleError, match="engines is for the built-in planet, not for Earth: use --demo"):
+        resolve_bundle(None)
+    assert resolve_bundle("engines").name == "engines"

@@ -2,12 +2,10 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
 
-import geoengine
 from geoengine.cli import app
 from geoengine.commands import terminal
 from geoengine.engine.errors import GeoEngineError
@@ -53,6 +51,24 @@ def test_a_reader_that_goes_away_is_not_complained_about():
     with os.fdopen(write, "w") as pipe:
         result = geoengine_process("write_result('x')", pipe)
     assert (result.returncode, result.stderr) == (terminal.Exit.BROKEN_PIPE, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_table_that_cannot_be_written_is_one_sentence(unbuffered):
+    program = "import sys, geoengine.cli as cli\nsys.argv = ['geoengine', 'doctor']\ncli.main()\n"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert result.returncode == terminal.Exit.FAILED
+    assert result.stderr.startswith("geoengine: the results cannot be written")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
@@ -111,9 +127,26 @@ def test_evaluate_prints_a_table_and_json(monkeypatch):
     assert [beam["k"] for beam in report["beams"]] == [1]
 
 
-@pytest.mark.parametrize("options", [["--photos", 0], ["--k", 0], ["--k", 1, "--k", 1]])
-def test_evaluations_of_nothing_are_refused(options):
-    refused(run("evaluate", "planet", *options), "")
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--photos", 0], "at least one photo and one k, got 0"),
+        (["--k", 0], "k must be at least 1, got 0"),
+        (["--k", 1, "--k", 1], "each k once"),
+        (["--seed", -1], "seed must be 0 or more, got -1"),
+    ],
+)
+def test_evaluations_of_nothing_are_refused(options, sentence):
+    refused(run("evaluate", "planet", *options), sentence)
+
+
+def test_training_into_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    refused(run("train", "planet", "--out", tmp_path / "file" / "x"), "cannot be written")
+
+
+def test_training_from_a_file_that_is_not_there_is_refused(tmp_path):
+    refused(run("train", "planet", "--out", tmp_path / "x", "--pretrained", tmp_path / "no"), "no such file")
 
 
 def test_build_engines_passes_its_options_on(monkeypatch, tmp_path):
@@ -162,29 +195,3 @@ def test_build_engines_verifies_only(monkeypatch, tmp_path):
 
     monkeypatch.setattr(build, "verify_bundle", verified)
     refused(run("build-engines", "--verify", "--out", tmp_path), f"{tmp_path} is damaged")
-
-
-# --- the face ---
-
-
-def test_the_face_has_at_most_ten_names_and_all_of_them_exist():
-    assert len(geoengine.__all__) <= 10
-    assert geoengine.__all__ == sorted(geoengine.__all__)
-    for name in geoengine.__all__:
-        assert getattr(geoengine, name).__name__ == name
-    assert set(geoengine.__all__) <= set(dir(geoengine))
-    assert geoengine.__version__ == version("geoengine")
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = geoengine.nothing
-
-
-def test_help_loads_nothing_heavy():
-    program = (
-        "import sys\nimport geoengine, geoengine.cli\nsys.argv = ['geoengine', '--help']\n"
-        "try: geoengine.cli.main()\nexcept SystemExit as end: assert not end.code\n"
-        "heavy = {'numpy', 'cv2', 'onnxruntime', 'torch', 'onnx', 'open_clip', 'PIL', 'httpx', 'rich'}\n"
-        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert "locate" in result.stdout
-    assert result.stderr == "[]\n"

@@ -131,8 +131,8 @@ def test_geojson_carries_the_distance_to_the_tag_only_when_asked():
     exif = ExifComparison(distance_km=2.0)
     [with_tag] = feature_collection([made_location(exif=exif, top=1)])["features"][:1]
     [without] = feature_collection([made_location(top=1)])["features"][:1]
-    assert with_tag["properties"]["exif_distance_km"] == 2.0
-    assert "exif_distance_km" not in without["properties"]
+    assert with_tag["properties"]["exif"] == {"distance_km": 2.0, "meaningful": False}  # on the planet
+    assert "exif" not in without["properties"]
 
 
 def test_the_table_shows_answer_candidates_path_and_world():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from geoengine.engine.render.json_lines import DEGREE_DIGITS
+from geoengine.engine.render.json_lines import DEGREE_DIGITS, exif_member
 from geoengine.engine.results import HYPOTHESIS, Candidate, Level, Location
 from geoengine.engine.tiles import LngLat, Tile, bounds
 
@@ -50,8 +50,7 @@ def _candidate_feature(location: Location, candidate: Candidate) -> Feature:
     }
     if candidate.rank == 1:
         properties["radius_km"] = round(location.radius_km, 3)
-        if location.exif is not None:
-            properties["exif_distance_km"] = location.exif.distance_km
+        properties |= exif_member(location)
     geometry = {"type": "Point", "coordinates": _position(candidate.point)}
     return {"type": "Feature", "geometry": geometry, "properties": properties}
 

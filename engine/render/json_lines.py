@@ -55,13 +55,16 @@ def json_object(location: Location) -> dict[str, Any]:
         "seconds": round(location.seconds, 3),
         "note": HYPOTHESIS,
     }
-    if location.exif is not None:
-        km = location.exif.distance_km
-        record["exif"] = {
-            "distance_km": None if km is None else round(km, 3),
-            "meaningful": km is not None and location.world == "earth",
-        }
-    return record
+    return record | exif_member(location)
+
+
+def exif_member(location: Location) -> dict[str, Any]:
+    """Return the member "exif", the distance to the photo's own tag, of results compared with it."""
+    if location.exif is None:
+        return {}
+    km = location.exif.distance_km
+    distance = None if km is None else round(km, 3)
+    return {"exif": {"distance_km": distance, "meaningful": km is not None and location.world == "earth"}}
 
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
@@ -35,11 +36,31 @@ def text_of(parts: Iterable[RenderableType], terminal: TextIO) -> str:
     from rich.console import Console
 
     width = None if terminal.isatty() else 400
-    console = Console(file=terminal, width=width, highlight=False, emoji=False)
-    with console.capture() as capture:
-        for part in parts:
-            console.print(part)
-    return capture.get()
+    like = Console(file=terminal, width=width)  # knows the terminal; what it captures it would also flush
+    page = _Page(like.encoding)
+    console = Console(
+        file=page,
+        width=like.width,
+        force_terminal=like.is_terminal,
+        color_system=like.color_system,  # type: ignore[arg-type]  # rich types its own answer as str
+        highlight=False,
+        emoji=False,
+    )
+    for part in parts:
+        console.print(part)
+    return page.getvalue()
+
+
+class _Page(io.StringIO):
+    """Text in memory that says to have a terminal's encoding, by which rich chooses its line drawing."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # read-only, as that of a file
+        return self._encoding
 
 
 def printable(text: str) -> str:

@@ -76,7 +76,7 @@ def locate(
         ),
     ] = None,
     backend: Annotated[str, typer.Option(help="What runs the encoders.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Encoder threads. Default: all cores.")] = None,
     max_megapixels: Annotated[float, typer.Option(help="Larger photos are refused before decoding.")] = 100.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per photo and line.")] = False,
     as_geojson: Annotated[bool, typer.Option("--geojson", help="One GeoJSON FeatureCollection.")] = False,

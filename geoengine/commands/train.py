@@ -32,8 +32,15 @@ def planet(
     of figures (DIR-log.csv) and the photo encoder (DIR-pretrained.safetensors).
     """
     require_extra("train", ("torch", "open_clip", "safetensors"), "training")
+    from geoengine.engine.render.files import OutputError
     from geoengine.training.planet import CsvLog, PlanetTrainingConfig, train_planet
 
-    with CsvLog(out.with_name(f"{out.name}-log.csv")) as log:
+    if pretrained is not None and not pretrained.is_file():
+        raise OutputError(f"{pretrained}: there is no such file")
+    try:
+        log = CsvLog(out.with_name(f"{out.name}-log.csv"))
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written ({error.strerror})") from None
+    with log:
         train_planet(out, PlanetTrainingConfig(pretrained=pretrained), log)
     write_result(f"{out}\n")
