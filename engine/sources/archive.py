@@ -2,13 +2,49 @@
 
 import html
 import re
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import partial
 
+import numpy as np
+import numpy.typing as npt
+
+from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
-from geoengine.engine.sources.decode import decode_tile
+from geoengine.engine.sources import TileBatch
+from geoengine.engine.sources.decode import Job, decode_tile, stream
+from geoengine.engine.tiles import as_xy
 
 TRIED = 8
 """Tiles looked at to find the side of an archive's tiles."""
+
+
+class ArchiveSource(ABC):
+    """A tile source that looks tiles up in one file, where a look-up takes microseconds."""
+
+    world = "earth"
+    tile_size: int
+    min_zoom: int
+    max_zoom: int
+
+    @abstractmethod
+    def tile_data(self, z: int, x: int, y: int) -> object | None:
+        """Return what the file stores for a tile, its bytes if it is sound, or None when there is nothing."""
+
+    def read(self, z: int, xy: npt.NDArray[np.int64]) -> Iterator[TileBatch]:
+        """Yield the tiles of the request that the file has."""
+        tiles = as_xy(z, xy).tolist()
+        if self.min_zoom <= z <= self.max_zoom:
+            yield from stream(
+                self._jobs(z, tiles), workers=available_cores(), tile_size=lambda _: self.tile_size
+            )
+
+    def _jobs(self, z: int, tiles: list[list[int]]) -> Iterator[tuple[int, Job]]:
+        # Looked up here, in the caller's thread, and decoded in the workers.
+        for position, (x, y) in enumerate(tiles):
+            data = self.tile_data(z, x, y)
+            if data is not None:
+                yield position, partial(decode_tile, data)
 
 
 def vector_tiles(file: str) -> SourceError:

@@ -1,34 +1,24 @@
 """Tiles from an MBTiles file: an SQLite database of tiles, whose rows are counted from the south (TMS)."""
 
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
-from geoengine.engine.sources import TileBatch
-from geoengine.engine.sources.archive import TRIED, plain_text, side_of, vector_tiles
-from geoengine.engine.sources.decode import Job, decode_tile, stream
-from geoengine.engine.tiles import as_xy, tile_count
+from geoengine.engine.sources.archive import TRIED, ArchiveSource, plain_text, side_of, vector_tiles
+from geoengine.engine.tiles import tile_count
 
 _TILE = "SELECT tile_data FROM tiles WHERE zoom_level = ? AND tile_column = ? AND tile_row = ?"
 _FIRST_TILES = f"SELECT tile_data FROM tiles WHERE length(tile_data) > 0 LIMIT {TRIED}"
 
 
-class MBTilesSource:
+class MBTilesSource(ArchiveSource):
     """The pictures in an MBTiles file, which is opened for reading only; see the MBTiles 1.3 specification.
 
     Zooms outside the file's minzoom and maxzoom, and tiles with no bytes, are missing. Raises SourceError for
     a file that is not there, is no MBTiles file, is damaged, or holds vector tiles.
     """
-
-    world = "earth"
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
@@ -62,24 +52,14 @@ class MBTilesSource:
             zoom = self._rows(f"SELECT {end}(zoom_level) FROM tiles")[0][0]
             return -1 if zoom is None else int(zoom)
 
-    def read(self, z: int, xy: npt.NDArray[np.int64]) -> Iterator[TileBatch]:
-        """Yield the tiles of the request that the file has."""
-        tiles = as_xy(z, xy).tolist()
-        if self.min_zoom <= z <= self.max_zoom:
-            yield from stream(
-                self._jobs(z, tiles), workers=available_cores(), tile_size=lambda _: self.tile_size
-            )
+    def tile_data(self, z: int, x: int, y: int) -> object | None:
+        """Return a tile's bytes, or None when the file does not have it."""
+        rows = self._rows(_TILE, (z, x, tile_count(z) - 1 - y))
+        return rows[0][0] if rows else None
 
     def close(self) -> None:
         """Close the file."""
         self._database.close()
-
-    def _jobs(self, z: int, tiles: list[list[int]]) -> Iterator[tuple[int, Job]]:
-        # Looked up here, in the caller's thread, and decoded in the workers: a look-up takes microseconds.
-        for position, (x, y) in enumerate(tiles):
-            rows = self._rows(_TILE, (z, x, tile_count(z) - 1 - y))
-            if rows:
-                yield position, partial(decode_tile, rows[0][0])
 
     def _rows(self, query: str, values: tuple[int, ...] = ()) -> list[tuple[Any, ...]]:
         try:

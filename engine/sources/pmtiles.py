@@ -7,20 +7,13 @@ import json
 import mmap
 import zlib
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
-from geoengine.engine.sources import TileBatch
-from geoengine.engine.sources.archive import TRIED, plain_text, side_of, vector_tiles
-from geoengine.engine.sources.decode import Job, decode_tile, stream
-from geoengine.engine.tiles import as_xy
+from geoengine.engine.sources.archive import TRIED, ArchiveSource, plain_text, side_of, vector_tiles
 
 if TYPE_CHECKING:
     from pmtiles.tile import Entry, HeaderDict
@@ -31,15 +24,13 @@ _CACHED = 64  # directories kept parsed; one has some thousand entries
 _DAMAGE = (EOFError, OSError, RecursionError, ValueError, zlib.error)  # what parsing damaged bytes raises
 
 
-class PMTilesSource:
+class PMTilesSource(ArchiveSource):
     """The pictures in a PMTiles archive, which is mapped into memory; see the PMTiles 3 specification.
 
     Zooms outside the archive's minzoom and maxzoom, and tiles that are no picture, are missing. Raises
     SourceError for a file that is not there, is no PMTiles 3 file, is cut short or damaged, or holds vector
     tiles.
     """
-
-    world = "earth"
 
     def __init__(self, path: Path) -> None:
         self._file = path.name
@@ -109,26 +100,16 @@ class PMTilesSource:
             raise self._damaged("its metadata is no JSON object")
         return metadata
 
-    def read(self, z: int, xy: npt.NDArray[np.int64]) -> Iterator[TileBatch]:
-        """Yield the tiles of the request that the archive has."""
-        tiles = as_xy(z, xy).tolist()
-        if self.min_zoom <= z <= self.max_zoom:
-            yield from stream(
-                self._jobs(z, tiles), workers=available_cores(), tile_size=lambda _: self.tile_size
-            )
+    def tile_data(self, z: int, x: int, y: int) -> bytes | None:
+        """Return a tile's bytes, or None when the archive does not have it."""
+        from pmtiles.tile import zxy_to_tileid
+
+        entry = self._find(zxy_to_tileid(z, x, y))
+        return None if entry is None else self._tile(entry)
 
     def close(self) -> None:
         """Close the file."""
         self._map.close()
-
-    def _jobs(self, z: int, tiles: list[list[int]]) -> Iterator[tuple[int, Job]]:
-        # Looked up here, in the caller's thread, and decoded in the workers: a look-up takes microseconds.
-        from pmtiles.tile import zxy_to_tileid
-
-        for position, (x, y) in enumerate(tiles):
-            entry = self._find(zxy_to_tileid(z, x, y))
-            if entry is not None:
-                yield position, partial(decode_tile, self._tile(entry))
 
     def _find(self, tile_id: int) -> Entry | None:
         from pmtiles.tile import find_tile
