@@ -5,6 +5,7 @@ import pytest
 
 from geoengine.engine.errors import TileError
 from geoengine.engine.sources import open_source, planet
+from geoengine.engine.sources.planet import maps
 from geoengine.engine.sources.planet.photos import render_photo
 from geoengine.engine.sources.planet.world import ATTRIBUTE_LEVELS, World
 from geoengine.engine.tiles import all_xy, centers, xy_at
@@ -60,6 +61,17 @@ def test_neighbouring_tiles_meet_without_a_seam(z: int) -> None:
         across += [np.abs(left[:, -1] - right[:, 0]), np.abs(left[-1] - below[0])]
         within += [np.abs(left[:, 1] - left[:, 0]), np.abs(left[1] - left[0])]
     assert np.mean(across) < 1.6 * np.mean(within) + 1
+
+
+@pytest.mark.parametrize("level", [4, 10, 16])
+def test_roads_meet_those_of_the_neighbours(level: int) -> None:
+    xy = np.random.default_rng(level).integers(0, (1 << level) - 1, (50, 2))
+    xy[0, 0] = (1 << level) - 1  # its eastern neighbour lies across the antimeridian
+    east, south = (xy + step for step in ([1, 0], [0, 1]))
+    east[:, 0] %= 1 << level
+    here, right, below = (maps._roads(WORLD, level, cells) for cells in (xy, east, south))
+    np.testing.assert_allclose(here[:, 0, 2] - [1, 0], right[:, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(here[:, 1, 2] - [0, 1], below[:, 1, 0], atol=1e-6)
 
 
 def test_the_antimeridian_has_no_seam() -> None:
