@@ -54,8 +54,8 @@ class Manifest:
     """What `manifest.json` says; paths are relative to the bundle's folder and use "/".
 
     `image_size` is the side in pixels that the encoders work at; `mean` and `std` are per RGB channel on a 0
-    to 1 scale and are already part of the graphs. `logit_scale` maps map encoder names to the softmax scale
-    they were trained with. `trunks` maps the side of the uint8 input to a graph, `heads` encoder names to
+    to 1 scale and are already part of the graphs. `logit_scale` maps map encoder names to the factor on
+    their cosines in a softmax. `trunks` maps the side of the uint8 input to a graph, `heads` encoder names to
     graphs, `files` every path but the manifest's to its checksum. `tools` (versions) and `parity` (figures
     against PyTorch, per encoder) are for people and are not interpreted.
     """

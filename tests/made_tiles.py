@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from geoengine.engine.sources.decode import CHUNK
+from geoengine.engine.tiles import all_xy
 
 
 def colour_of(z, x, y):
@@ -37,3 +38,11 @@ def read_all(source, z, xy, *, tolerance=0):
         seen += batch.positions.tolist()
     assert len(seen) == len(set(seen))
     return sorted(seen)
+
+
+def check_small_world(source, name):
+    """Check an archive of all tiles of zooms 3 and 4, 32 px each: every tile once, and in its place."""
+    assert (source.name, source.world, source.attribution, source.tile_size) == (name, "earth", "", 32)
+    assert read_all(source, 4, all_xy(4)) == list(range(256))
+    assert read_all(source, 3, [(7, 0), (0, 7), (3, 4)]) == [0, 1, 2]
+    assert read_all(source, 3, []) == []

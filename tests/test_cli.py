@@ -4,12 +4,11 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+from command_line import refused, run
 from made_results import MadeSource, made_location
 from PIL import Image
 from tiny_bundle import write_tiny_bundle
-from typer.testing import CliRunner
 
-from geoengine.cli import app
 from geoengine.commands.locate import locate
 from geoengine.engine import engine as engine_module
 from geoengine.engine.errors import SourceError
@@ -75,17 +74,6 @@ def no_bundles(tmp_path, monkeypatch):
     (tmp_path / "empty" / "folder.html").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(result, sentence):
-    """Whether a command ended with status 2, one line on stderr and nothing on stdout."""
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("geoengine: ") and result.stderr.count("\n") == 1
-    assert sentence in result.stderr
 
 
 # --- what is printed ---

@@ -4,24 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
+from command_line import refused, run
 
-from geoengine.cli import app
 from geoengine.commands import terminal
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.tiles import LngLat
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(result, sentence):
-    """Whether a command ended with status 2, one line on stderr and nothing on stdout."""
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("geoengine: ") and result.stderr.count("\n") == 1
-    assert sentence in result.stderr
-
 
 # --- the terminal ---
 

@@ -4,7 +4,8 @@
 `planet-log.csv` beside them holds the figures of that run. First one ViT learns to caption photos and tiles
 alike (`pretrain`). It is the photo encoder from then on, frozen. The map encoders are fine-tuned from it in
 the paper's order, zoom 16 first and each next one from the one before: trunk frozen and its tokens computed
-once, projection fitted in closed form, last two blocks trained contrastively with siblings as negatives.
+once, projection fitted in closed form, last two blocks trained contrastively with siblings as negatives. The
+logit scales are calibrated afterwards, on photos held out from all of that.
 """
 
 from __future__ import annotations
