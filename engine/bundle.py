@@ -1,132 +1,30 @@
 """Engine bundles: a folder with a manifest and every compiled encoder, checked before anything is loaded.
 
 ```
-manifest.json                      what `Manifest` holds, as JSON, and the checksum of every other file
-onnx/trunk.<side>.<precision>.onnx   uint8[n, side, side, 3] -> tokens; the layers that all encoders share
-onnx/head_<encoder>.<precision>.onnx tokens -> unit embedding; `<encoder>` is "photo", "z04", "z06" ...
+manifest.json                       what `Manifest` holds, as JSON, with the checksum of each graph
+onnx/trunk.<side>.<variant>.onnx    uint8[n, side, side, 3] -> tokens; the layers that all encoders share
+onnx/head_<encoder>.<variant>.onnx  tokens -> unit embedding; `<encoder>` is "photo", "z04", "z06" ...
+onnx/*.<variant>.weights            weights of several graphs
+tensorrt/<machine>/                 what TensorRT compiled from the graphs on some machine
 ```
+Encoders that share no layers have a trunk each, `trunk_<encoder>.<side>.<variant>.onnx`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from pathlib import Path
 
 from geoengine.engine.errors import BundleError
+from geoengine.engine.manifest import MANIFEST, BundleFile, Graphs, Manifest, Variant
 
-SCHEMA = 1
-"""The manifest schema that this version writes, and the newest that it reads."""
-
-MANIFEST = "manifest.json"
-PHOTO = "photo"
-"""Name of the photo encoder; `encoder_name` names the map encoders."""
-
-WORLDS = ("earth", "planet")
 PLANET = Path(__file__).parent / "data" / "planet"
 """The ready bundle of the built-in planet, which the package brings."""
 
 _HASH_CHUNK = 1 << 20
-
-T = TypeVar("T")
-
-
-def encoder_name(zoom: int) -> str:
-    """Return the name of the map encoder of a zoom: "z04" for 4."""
-    return f"z{zoom:02d}"
-
-
-@dataclass(frozen=True, slots=True)
-class BundleFile:
-    """Size and SHA-256 (lower-case hex) of one file of a bundle."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What `manifest.json` says; paths are relative to the bundle's folder and use "/".
-
-    `image_size` is the side in pixels that the encoders work at; `mean` and `std` are per RGB channel on a 0
-    to 1 scale and are already part of the graphs. `logit_scale` maps map encoder names to the factor on
-    their cosines in a softmax. `trunks` maps the side of the uint8 input to a graph, `heads` encoder names to
-    graphs, `files` every path but the manifest's to its checksum. `tools` (versions) and `parity` (figures
-    against PyTorch, per encoder) are for people and are not interpreted.
-    """
-
-    schema: int
-    geoengine: str
-    model: str
-    pretrained: str
-    world: str
-    levels: tuple[int, ...]
-    embed_dim: int
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    precision: str
-    logit_scale: Mapping[str, float]
-    trunks: Mapping[int, str]
-    heads: Mapping[str, str]
-    files: Mapping[str, BundleFile]
-    tools: Mapping[str, Any]
-    parity: Mapping[str, Any]
-
-    @classmethod
-    def from_json(cls, data: object) -> Manifest:
-        """Build a manifest from decoded JSON; raises ValueError saying which field is wrong."""
-        fields = _Fields(data)
-        schema = fields.integer("schema", at_least=1)
-        written_by = fields.text("geoengine")
-        if schema > SCHEMA:
-            raise ValueError(
-                f"schema {schema} was written by geoengine {written_by}, and this version reads up to schema "
-                f"{SCHEMA}: update geoengine"
-            )
-        manifest = cls(
-            schema=schema,
-            geoengine=written_by,
-            model=fields.text("model"),
-            pretrained=fields.text("pretrained"),
-            world=fields.text("world"),
-            levels=tuple(_integer(z, "levels", at_least=0) for z in fields.array("levels")),
-            embed_dim=fields.integer("embed_dim", at_least=1),
-            image_size=fields.integer("image_size", at_least=1),
-            mean=fields.rgb("mean"),
-            std=fields.rgb("std"),
-            precision=fields.text("precision"),
-            logit_scale={k: _number(v, "logit_scale") for k, v in fields.mapping("logit_scale").items()},
-            trunks={_side(side): _path(path, "trunks") for side, path in fields.mapping("trunks").items()},
-            heads={name: _path(path, "heads") for name, path in fields.mapping("heads").items()},
-            files={_path(path, "files"): _file(entry) for path, entry in fields.mapping("files").items()},
-            tools=fields.mapping("tools"),
-            parity=fields.mapping("parity"),
-        )
-        manifest._check()
-        return manifest
-
-    def _check(self) -> None:
-        if self.world not in WORLDS:
-            raise ValueError(f'"world" must be one of {", ".join(WORLDS)}, got {self.world!r}')
-        if not self.levels or any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
-            raise ValueError(f'"levels" must increase strictly, got {list(self.levels)}')
-        for name in (PHOTO, *map(encoder_name, self.levels)):
-            if name not in self.heads:
-                raise ValueError(f'"heads" lacks the encoder {name}')
-        for name in map(encoder_name, self.levels):
-            if name not in self.logit_scale:
-                raise ValueError(f'"logit_scale" lacks the encoder {name}')
-        if self.image_size not in self.trunks:
-            raise ValueError(f'"trunks" lacks the image size, {self.image_size}')
-        for path in (*self.trunks.values(), *self.heads.values()):
-            if path not in self.files:
-                raise ValueError(f'"files" lacks {path}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,18 +76,34 @@ class EngineBundle:
         """The side in pixels that the encoders work at; a trunk for this side always exists."""
         return self.manifest.image_size
 
-    def trunk_path(self, side: int) -> Path | None:
-        """Return the trunk graph for square uint8 pictures of `side` pixels, or None when there is none."""
-        name = self.manifest.trunks.get(side)
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants that the bundle has."""
+        return tuple(self.manifest.graphs)
+
+    def trunk_path(self, encoder: str, side: int, variant: Variant) -> Path | None:
+        """Return an encoder's trunk for square uint8 pictures of `side` pixels, or None when there is none.
+
+        Raises BundleError for an encoder or a variant that the bundle lacks.
+        """
+        graphs = self._graphs(encoder, variant)
+        name = graphs.trunk(encoder).get(side)
         return None if name is None else self.path / name
 
-    def head_path(self, encoder: str) -> Path:
-        """Return the head graph of an encoder; raises BundleError naming the encoders that exist."""
-        name = self.manifest.heads.get(encoder)
-        if name is None:
-            known = ", ".join(sorted(self.manifest.heads))
+    def head_path(self, encoder: str, variant: Variant) -> Path:
+        """Return an encoder's head; raises BundleError for an encoder or a variant that the bundle lacks."""
+        return self.path / self._graphs(encoder, variant).heads[encoder]
+
+    def _graphs(self, encoder: str, variant: Variant) -> Graphs:
+        graphs = self.manifest.graphs.get(variant)
+        if graphs is None:
+            raise BundleError(
+                f"engine bundle {self.path} has no {variant} graphs; it has {', '.join(self.variants)}"
+            )
+        if encoder not in graphs.heads:
+            known = ", ".join(sorted(graphs.heads))
             raise BundleError(f"engine bundle {self.path} has no encoder {encoder!r}; it has {known}")
-        return self.path / name
+        return graphs
 
 
 def resolve_bundle(spec: str | Path | None) -> Path:
@@ -257,77 +171,3 @@ def _sha256(file: Path) -> str:
         while chunk := stream.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-class _Fields:
-    """Typed access to a JSON object; every method raises ValueError naming the field."""
-
-    def __init__(self, data: object) -> None:
-        self._data = _typed(data, dict, "the manifest")
-
-    def _get(self, name: str) -> object:
-        if name not in self._data:
-            raise ValueError(f'"{name}" is missing')
-        return self._data[name]
-
-    def text(self, name: str) -> str:
-        return _typed(self._get(name), str, f'"{name}"')
-
-    def integer(self, name: str, *, at_least: int) -> int:
-        return _integer(self._get(name), name, at_least=at_least)
-
-    def array(self, name: str) -> list[Any]:
-        return _typed(self._get(name), list, f'"{name}"')
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        return _typed(self._get(name), dict, f'"{name}"')
-
-    def rgb(self, name: str) -> tuple[float, float, float]:
-        values = self.array(name)
-        if len(values) != 3:
-            raise ValueError(f'"{name}" must have 3 numbers, got {len(values)}')
-        r, g, b = (_number(value, name) for value in values)
-        return r, g, b
-
-
-_JSON_NAMES = {dict: "an object", list: "an array", str: "a string", int: "an integer"}
-
-
-def _typed(value: object, kind: type[T], what: str) -> T:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{what} must be {_JSON_NAMES[kind]}, got {value!r:.40}")
-    return value
-
-
-def _integer(value: object, name: str, *, at_least: int) -> int:
-    number = _typed(value, int, f'"{name}"')
-    if number < at_least:
-        raise ValueError(f'"{name}" must be at least {at_least}, got {number}')
-    return number
-
-
-def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f'"{name}" must hold numbers, got {value!r:.40}')
-    if not math.isfinite(value):
-        raise ValueError(f'"{name}" must hold finite numbers, got {value}')
-    return float(value)
-
-
-def _side(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f'"trunks" must map sides in pixels to files, got {text!r:.40}')
-    return int(text)
-
-
-def _path(value: object, name: str) -> str:
-    path = _typed(value, str, f'a path in "{name}"')
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path:
-        raise ValueError(f'"{name}" has a path that leaves the folder: {path!r}')
-    return path
-
-
-def _file(value: object) -> BundleFile:
-    entry = _Fields(value)
-    return BundleFile(bytes=entry.integer("bytes", at_least=0), sha256=entry.text("sha256").lower())

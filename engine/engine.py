@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.backends import Backend, open_backend
-from geoengine.engine.bundle import PHOTO, EngineBundle, encoder_name, resolve_bundle
+from geoengine.engine.bundle import EngineBundle, resolve_bundle
 from geoengine.engine.errors import BundleError, SourceError, TileError
+from geoengine.engine.manifest import PHOTO, encoder_name
 from geoengine.engine.photos import Photo, read_photo
 from geoengine.engine.preprocess import center_square
 from geoengine.engine.results import Candidate, Level, Location, ScoredTile

@@ -10,8 +10,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from geoengine.engine.bundle import encoder_name
 from geoengine.engine.errors import GeoEngineError, SourceError, TileError
+from geoengine.engine.manifest import encoder_name
 from geoengine.engine.readahead import ReadAhead
 from geoengine.engine.results import Level, ScoredTile
 from geoengine.engine.sources import TileBatch, TileSource

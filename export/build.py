@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoengine.engine.backends import ONNXRUNTIME_CPU, open_backend
-from geoengine.engine.bundle import MANIFEST, PHOTO, SCHEMA, EngineBundle, encoder_name
+from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import ExportError
 from geoengine.engine.extras import require_extra
+from geoengine.engine.manifest import MANIFEST, PHOTO, SCHEMA, SHARED, Variant, encoder_name
 from geoengine.engine.tiles import LEVELS
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def build_engines(config: BuildConfig, progress: Progress | None = None) -> Buil
         manifest = _write_graphs(staging, encoders, sides, config.precision, steps)
         _write_manifest(staging, manifest)
         results = _measure(EngineBundle.open(staging, verify=False), encoders, sides, steps)
-        manifest["parity"] = _parity_table(results)
+        manifest["parity"] = {config.precision: _parity_table(results)}
         _write_manifest(staging, manifest)
         replace_folder(staging, target)
     finally:
@@ -153,9 +154,9 @@ def verify_bundle(path: str | Path, progress: Progress | None = None) -> BuildRe
     steps = _Steps(progress)
     steps("read the bundle")
     bundle = EngineBundle.open(path)
-    graphs = [*bundle.manifest.trunks.values(), *bundle.manifest.heads.values()]
-    sides = tuple(sorted(bundle.manifest.trunks))
-    steps.total = 1 + len(graphs) + len(bundle.manifest.heads) * len(sides)
+    graphs = bundle.manifest.graphs[Variant.fp32].files()
+    sides = tuple(sorted(bundle.manifest.graphs[Variant.fp32].trunks[SHARED]))
+    steps.total = 1 + len(graphs) + len(bundle.manifest.graphs[Variant.fp32].heads) * len(sides)
     for name in graphs:
         steps(f"check {name}")
         check_graph(bundle.path / name)
@@ -248,10 +249,14 @@ def _write_graphs(
         "image_size": encoders.image_size,
         "mean": list(encoders.mean),
         "std": list(encoders.std),
-        "precision": precision,
+        "resize_mode": "shortest",
         "logit_scale": {name: encoders.logit_scale[name] for name in map(encoder_name, encoders.levels)},
-        "trunks": {str(side): f"onnx/{file.name}" for side, file in trunk_files.items()},
-        "heads": {name: f"onnx/{file.name}" for name, file in head_files.items()},
+        "graphs": {
+            precision: {
+                "trunks": {SHARED: {str(side): f"onnx/{file.name}" for side, file in trunk_files.items()}},
+                "heads": {name: f"onnx/{file.name}" for name, file in head_files.items()},
+            }
+        },
         "files": {f"onnx/{file.name}": _file_entry(file) for file in sorted(folder.iterdir())},
         "tools": {
             name: _version(name) for name in ("torch", "open_clip", "onnx", "onnxscript", "onnxruntime")
@@ -285,7 +290,9 @@ def _measure(
     backend = open_backend(bundle, backend=ONNXRUNTIME_CPU)
     try:
         return [
-            measure(backend, name, side, encoders, steps) for side in sides for name in bundle.manifest.heads
+            measure(backend, name, side, encoders, steps)
+            for side in sides
+            for name in bundle.manifest.graphs[Variant.fp32].heads
         ]
     finally:
         backend.close()
@@ -307,9 +314,9 @@ def _parity_table(results: Sequence[Measurement]) -> dict[str, dict[str, float |
 def _report(
     path: Path, manifest: Mapping[str, Any], results: Sequence[Measurement], start: float
 ) -> BuildReport:
-    precision, files = manifest["precision"], manifest["files"]
+    (precision, graphs), files = next(iter(manifest["graphs"].items())), manifest["files"]
     rows = []
-    for side, file in manifest["trunks"].items():
+    for side, file in graphs["trunks"][SHARED].items():
         here = [result for result in results if result.side == int(side)]
         cosines = [cosine for result in here for cosine in result.cosines]
         rows.append(
@@ -323,8 +330,8 @@ def _report(
             )
         )
     speeds = {r.encoder: r.images_per_second for r in results if r.side == manifest["image_size"]}
-    for name, file in manifest["heads"].items():
-        figures = manifest["parity"].get(name, {})
+    for name, file in graphs["heads"].items():
+        figures = manifest["parity"].get(precision, {}).get(name, {})
         rows.append(
             ReportRow(
                 artifact=file,

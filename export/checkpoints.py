@@ -15,8 +15,8 @@ import open_clip  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
-from geoengine.engine.bundle import PHOTO, encoder_name
 from geoengine.engine.errors import ExportError
+from geoengine.engine.manifest import PHOTO, encoder_name
 from geoengine.export.encoders import DEFAULT_LOGIT_SCALE, EncoderSet, block_of, in_trunk, shared_blocks
 from geoengine.export.model import check_tower
 from geoengine.export.weights import State, fit, read_state

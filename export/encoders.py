@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from geoengine.engine.bundle import PHOTO, encoder_name
 from geoengine.engine.errors import ExportError
+from geoengine.engine.manifest import PHOTO, encoder_name
 from geoengine.export.weights import State, fit, read_state
 
 DEFAULT_LOGIT_SCALE = 100.0  # CLIP's own, trained up to its bound

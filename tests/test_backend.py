@@ -72,14 +72,17 @@ def test_a_large_call_equals_its_parts(backend):
 
 def test_the_trunk_is_picked_by_the_pictures_side(backend, bundle):
     backend.encode("z01", pictures(1, 16))
-    assert set(backend._sessions) == {bundle.trunk_path(16), bundle.head_path("z01")}
+    assert set(backend._sessions) == {bundle.trunk_path("z01", 16, "fp32"), bundle.head_path("z01", "fp32")}
 
 
 def test_pictures_without_a_trunk_are_resized(backend, bundle):
     pixels = pictures(3, 20)
     resized = np.stack([center_square(picture, IMAGE_SIZE) for picture in pixels])
     np.testing.assert_array_equal(backend.encode("z01", pixels), backend.encode("z01", resized))
-    assert set(backend._sessions) == {bundle.trunk_path(IMAGE_SIZE), bundle.head_path("z01")}
+    assert set(backend._sessions) == {
+        bundle.trunk_path("z01", IMAGE_SIZE, "fp32"),
+        bundle.head_path("z01", "fp32"),
+    }
 
 
 def test_pictures_need_not_be_contiguous(backend):

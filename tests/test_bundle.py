@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 from geoengine.engine import bundle as bundle_module
-from geoengine.engine.bundle import PLANET, EngineBundle, encoder_name, resolve_bundle
+from geoengine.engine.bundle import PLANET, EngineBundle, resolve_bundle
 from geoengine.engine.errors import BundleError
+from geoengine.engine.manifest import Variant, encoder_name
 
 FILES = {
     "onnx/trunk.224.fp32.onnx": b"trunk",
@@ -20,8 +21,10 @@ FILES = {
     "onnx/head_z10.fp32.onnx": b"z10 head",
     "onnx/weights.bin": bytes(range(256)) * 10,
 }
+TRUNKS = {"224": "onnx/trunk.224.fp32.onnx", "256": "onnx/trunk.256.fp32.onnx"}
+HEADS = {name: f"onnx/head_{name}.fp32.onnx" for name in ("photo", "z04", "z10")}
 MANIFEST = {
-    "schema": 1,
+    "schema": 2,
     "geoengine": "0.1.0",
     "model": "ViT-B-32-quickgelu",
     "pretrained": "openai",
@@ -31,20 +34,20 @@ MANIFEST = {
     "image_size": 224,
     "mean": [0.5, 0.4, 0.3],
     "std": [0.25, 0.25, 1],
-    "precision": "fp32",
+    "resize_mode": "shortest",
     "logit_scale": {"z04": 100.0, "z10": 50},
-    "trunks": {"224": "onnx/trunk.224.fp32.onnx", "256": "onnx/trunk.256.fp32.onnx"},
-    "heads": {
-        "photo": "onnx/head_photo.fp32.onnx",
-        "z04": "onnx/head_z04.fp32.onnx",
-        "z10": "onnx/head_z10.fp32.onnx",
-    },
+    "graphs": {"fp32": {"trunks": {"shared": TRUNKS}, "heads": HEADS}},
     "files": {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in FILES.items()
     },
     "tools": {"torch": "2.8.0"},
     "parity": {"photo": {"min_cosine": 0.99999}},
 }
+
+
+def graphs(*, trunks=None, heads=HEADS):
+    """The manifest's graphs with something changed."""
+    return {"graphs": {"fp32": {"trunks": {"shared": TRUNKS} if trunks is None else trunks, "heads": heads}}}
 
 
 @pytest.fixture
@@ -64,9 +67,10 @@ def write(folder, manifest):
 def test_a_whole_bundle(folder):
     bundle = EngineBundle.open(folder)
     assert (bundle.world, bundle.levels, bundle.embed_dim, bundle.image_size) == ("earth", (4, 10), 512, 224)
-    assert bundle.trunk_path(256) == folder / "onnx/trunk.256.fp32.onnx"
-    assert bundle.trunk_path(512) is None
-    assert bundle.head_path("z10") == folder / "onnx/head_z10.fp32.onnx"
+    assert bundle.variants == (Variant.fp32,)
+    assert bundle.trunk_path("z10", 256, Variant.fp32) == folder / "onnx/trunk.256.fp32.onnx"
+    assert bundle.trunk_path("z10", 512, Variant.fp32) is None
+    assert bundle.head_path("z10", Variant.fp32) == folder / "onnx/head_z10.fp32.onnx"
     assert bundle.manifest.mean == (0.5, 0.4, 0.3)
     assert bundle.manifest.logit_scale == {"z04": 100.0, "z10": 50.0}
     assert EngineBundle.open(str(folder)).manifest == bundle.manifest
@@ -81,9 +85,21 @@ def test_encoder_names():
     assert [encoder_name(z) for z in (4, 16)] == ["z04", "z16"]
 
 
-def test_an_unknown_encoder_names_those_there_are(folder):
-    with pytest.raises(BundleError, match=r"has no encoder 'z06'; it has photo, z04, z10$"):
-        EngineBundle.open(folder).head_path("z06")
+def test_an_encoder_may_have_a_trunk_of_its_own(folder):
+    own = {"photo": {"224": "onnx/trunk.224.fp32.onnx"}, "shared": {"224": "onnx/trunk.256.fp32.onnx"}}
+    write(folder, MANIFEST | graphs(trunks=own))
+    bundle = EngineBundle.open(folder)
+    assert bundle.trunk_path("photo", 224, Variant.fp32) == folder / "onnx/trunk.224.fp32.onnx"
+    assert bundle.trunk_path("z04", 224, Variant.fp32) == folder / "onnx/trunk.256.fp32.onnx"
+
+
+def test_unknown_encoders_and_variants_name_those_there_are(folder):
+    bundle = EngineBundle.open(folder)
+    for ask in (bundle.head_path, lambda encoder, variant: bundle.trunk_path(encoder, 224, variant)):
+        with pytest.raises(BundleError, match=r"has no encoder 'z06'; it has photo, z04, z10$"):
+            ask("z06", Variant.fp32)
+        with pytest.raises(BundleError, match=r"has no int8 graphs; it has fp32$"):
+            ask("z04", Variant.int8)
 
 
 # --- damage -----------------------------------------------------------------------------------------------
@@ -128,9 +144,9 @@ def test_a_file_larger_than_a_chunk_of_the_checksum(folder, monkeypatch):
 
 
 def test_a_newer_schema_says_who_wrote_it(folder):
-    newer = {"schema": 2, "geoengine": "0.9.3", "anything": "else"}
+    newer = {"schema": 3, "geoengine": "0.9.3", "anything": "else"}
     write(folder, newer)
-    message = refused(folder, "schema 2 was written by geoengine 0.9.3")
+    message = refused(folder, "schema 3 was written by geoengine 0.9.3")
     assert "update geoengine" in message
 
 
@@ -169,18 +185,27 @@ def test_every_field_is_needed(folder, field):
         ({"levels": [10, 4]}, r'"levels" must increase strictly, got \[10, 4\]'),
         ({"levels": []}, '"levels" must increase strictly'),
         ({"levels": ["4"]}, '"levels" must be an integer'),
-        ({"levels": [4, 6, 10]}, '"heads" lacks the encoder z06'),
-        ({"heads": {"z04": "onnx/head_z04.fp32.onnx"}}, '"heads" lacks the encoder photo'),
-        ({"heads": MANIFEST["heads"] | {"z12": "onnx/none.onnx"}}, r'"files" lacks onnx/none\.onnx'),
+        ({"levels": [4, 6, 10]}, '"heads" of fp32 lacks the encoder z06'),
+        (graphs(heads={"z04": "onnx/head_z04.fp32.onnx"}), '"heads" of fp32 lacks the encoder photo'),
+        (graphs(heads=HEADS | {"z12": "onnx/none.onnx"}), r'"files" lacks onnx/none\.onnx'),
         ({"logit_scale": {"z04": 100.0}}, '"logit_scale" lacks the encoder z10'),
         ({"logit_scale": {"z04": float("nan"), "z10": 1.0}}, '"logit_scale" must hold finite numbers'),
         ({"logit_scale": {"z04": "big", "z10": 1.0}}, '"logit_scale" must hold numbers'),
         ({"logit_scale": {"z04": 10**400, "z10": 1.0}}, "manifest.json cannot be used"),
         ({"mean": [0.5, 0.5]}, '"mean" must have 3 numbers, got 2'),
         ({"embed_dim": 0}, '"embed_dim" must be at least 1'),
-        ({"trunks": {"256": "onnx/trunk.256.fp32.onnx"}}, '"trunks" lacks the image size, 224'),
-        ({"trunks": {"large": "onnx/trunk.256.fp32.onnx"}}, '"trunks" must map sides in pixels'),
-        ({"trunks": []}, '"trunks" must be an object'),
+        (graphs(trunks={"shared": {"256": "onnx/trunk.256.fp32.onnx"}}), "lacks the image size, 224"),
+        (
+            graphs(trunks={"shared": {"large": "onnx/trunk.256.fp32.onnx"}}),
+            '"trunks" must map sides in pixels',
+        ),
+        (graphs(trunks={"photo": TRUNKS, "z04": TRUNKS}), '"trunks" of fp32 lacks the encoder z10'),
+        (graphs(trunks=[]), '"trunks" must be an object'),
+        (graphs(trunks={"shared": []}), '"trunks" must be an object'),
+        ({"graphs": {}}, '"graphs" is empty'),
+        ({"graphs": {"fp8": {}}}, "\"graphs\" has an unknown variant 'fp8': update geoengine"),
+        ({"resize_mode": "pad"}, "\"resize_mode\" must be one of shortest, squash, got 'pad'"),
+        ({"schema": 1}, "this version reads schema 2: build the bundle again"),
         ({"files": {"onnx/weights.bin": {"bytes": 3}}}, '"sha256" is missing'),
         ({"files": {"onnx/weights.bin": {"bytes": -1, "sha256": ""}}}, '"bytes" must be at least 0'),
     ],

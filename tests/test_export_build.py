@@ -87,14 +87,19 @@ def test_the_manifest_tells_what_is_in_the_bundle(built):
     bundle = EngineBundle.open(folder / "bundle")
     manifest = bundle.manifest
     assert (manifest.world, manifest.levels, manifest.model) == ("planet", (4, 6), "planet-vit")
-    assert (manifest.embed_dim, manifest.image_size, manifest.precision) == (24, 16, "fp32")
+    assert (manifest.embed_dim, manifest.image_size, bundle.variants) == (24, 16, ("fp32",))
     assert dict(manifest.logit_scale) == {"z04": 20.0, "z06": 30.5}
-    assert (sorted(manifest.trunks), sorted(manifest.heads)) == ([16, 24], sorted(NAMES))
+    graphs = manifest.graphs["fp32"]
+    assert (sorted(graphs.trunks["shared"]), sorted(graphs.heads)) == ([16, 24], sorted(NAMES))
     assert {"manifest.json", *manifest.files} == set(digests(folder / "bundle"))
     assert set(manifest.tools) == {"torch", "open_clip", "onnx", "onnxscript", "onnxruntime"}
     for name in NAMES:
-        assert 0.9999 <= manifest.parity[name]["min_cosine"] <= manifest.parity[name]["mean_cosine"]
-        assert manifest.parity[name]["images"] == 62
+        assert (
+            0.9999
+            <= manifest.parity["fp32"][name]["min_cosine"]
+            <= manifest.parity["fp32"][name]["mean_cosine"]
+        )
+        assert manifest.parity["fp32"][name]["images"] == 62
     assert report.bytes == sum(f.stat().st_size for f in (folder / "bundle").rglob("*") if f.is_file())
     assert {row.artifact for row in report.rows} == set(manifest.files)
     assert not report.random

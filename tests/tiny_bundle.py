@@ -22,7 +22,7 @@ def write_tiny_bundle(folder, *, levels=(1, 3), world="planet", sides=(8, 16), e
     for path in heads.values():
         onnx.save(head(rng, embed_dim), folder / path)
     manifest = {
-        "schema": 1,
+        "schema": 2,
         "geoengine": "0.1.0",
         "model": "tiny",
         "pretrained": "none",
@@ -32,10 +32,9 @@ def write_tiny_bundle(folder, *, levels=(1, 3), world="planet", sides=(8, 16), e
         "image_size": IMAGE_SIZE,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
-        "precision": "fp32",
+        "resize_mode": "shortest",
         "logit_scale": dict.fromkeys(encoders[1:], 20.0),
-        "trunks": trunks,
-        "heads": heads,
+        "graphs": {"fp32": {"trunks": {"shared": trunks}, "heads": heads}},
         "files": {},
         "tools": {},
         "parity": {},

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from geoengine.engine.bundle import PHOTO, encoder_name
+from geoengine.engine.manifest import PHOTO, encoder_name
 from geoengine.engine.tiles import LEVELS
 from geoengine.export.encoders import VisionConfig, save_encoder_folder
 from geoengine.training import planet_data as data

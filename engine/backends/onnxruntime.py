@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.backends import ONNXRUNTIME_CPU
+from geoengine.engine.backends.batches import picture_batches
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import BackendError
-from geoengine.engine.preprocess import center_square
+from geoengine.engine.manifest import Variant
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -30,6 +31,7 @@ class OnnxRuntimeCpu:
     """
 
     name = ONNXRUNTIME_CPU
+    variant = Variant.fp32
 
     def __init__(self, bundle: EngineBundle, *, threads: int | None = None) -> None:
         self.threads = available_cores() if threads is None else threads
@@ -46,24 +48,15 @@ class OnnxRuntimeCpu:
     def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`.
 
-        Pictures of a side that the bundle has no trunk for are first brought to its image size.
+        Pictures of a side that the encoder has no trunk for are first brought to the bundle's image size.
         """
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[2:] != (pixels.shape[1], 3):
-            raise ValueError(f"pixels must be uint8 (n, S, S, 3), got {pixels.dtype} {pixels.shape}")
-        head_path = self._bundle.head_path(encoder)
-        trunk_path = self._bundle.trunk_path(pixels.shape[1])
-        size = None
-        if trunk_path is None:
-            size = self._bundle.image_size
-            trunk_path = self._bundle.trunk_path(size)
-            assert trunk_path is not None  # the manifest is checked for it
+        head = self._bundle.head_path(encoder, self.variant)
         embeddings = np.empty((len(pixels), self._bundle.embed_dim), dtype=np.float32)
-        for start in range(0, len(pixels), MAX_BATCH):
-            batch = pixels[start : start + MAX_BATCH]
-            if size is not None:
-                batch = np.stack([center_square(picture, size) for picture in batch])
-            tokens = self._run(trunk_path, "tokens", batch)
-            embeddings[start : start + MAX_BATCH] = self._run(head_path, "embedding", tokens)
+        done = 0
+        for trunk, batch in picture_batches(self._bundle, encoder, pixels, self.variant, MAX_BATCH):
+            tokens = self._run(trunk, "tokens", batch)
+            embeddings[done : done + len(batch)] = self._run(head, "embedding", tokens)
+            done += len(batch)
         return embeddings
 
     def close(self) -> None:
