@@ -7,7 +7,6 @@ onnx/head_<encoder>.<variant>.onnx  tokens -> unit embedding; `<encoder>` is "ph
 onnx/*.<variant>.weights            weights of several graphs
 tensorrt/<machine>/                 what TensorRT compiled from the graphs on some machine
 ```
-Encoders that share no layers have a trunk each, `trunk_<encoder>.<side>.<variant>.onnx`.
 """
 
 from __future__ import annotations
@@ -81,28 +80,28 @@ class EngineBundle:
         """The variants that the bundle has."""
         return tuple(self.manifest.graphs)
 
-    def trunk_path(self, encoder: str, side: int, variant: Variant) -> Path | None:
-        """Return an encoder's trunk for square uint8 pictures of `side` pixels, or None when there is none.
+    def trunk_path(self, side: int, variant: Variant) -> Path | None:
+        """Return the trunk for square uint8 pictures of `side` pixels, or None when there is none.
 
-        Raises BundleError for an encoder or a variant that the bundle lacks.
+        Raises BundleError for a variant that the bundle lacks.
         """
-        graphs = self._graphs(encoder, variant)
-        name = graphs.trunk(encoder).get(side)
+        name = self._graphs(variant).trunks.get(side)
         return None if name is None else self.path / name
 
     def head_path(self, encoder: str, variant: Variant) -> Path:
         """Return an encoder's head; raises BundleError for an encoder or a variant that the bundle lacks."""
-        return self.path / self._graphs(encoder, variant).heads[encoder]
+        heads = self._graphs(variant).heads
+        if encoder not in heads:
+            known = ", ".join(sorted(heads))
+            raise BundleError(f"engine bundle {self.path} has no encoder {encoder!r}; it has {known}")
+        return self.path / heads[encoder]
 
-    def _graphs(self, encoder: str, variant: Variant) -> Graphs:
+    def _graphs(self, variant: Variant) -> Graphs:
         graphs = self.manifest.graphs.get(variant)
         if graphs is None:
             raise BundleError(
                 f"engine bundle {self.path} has no {variant} graphs; it has {', '.join(self.variants)}"
             )
-        if encoder not in graphs.heads:
-            known = ", ".join(sorted(graphs.heads))
-            raise BundleError(f"engine bundle {self.path} has no encoder {encoder!r}; it has {known}")
         return graphs
 
 

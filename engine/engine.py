@@ -61,14 +61,15 @@ class GeoEngine:
         tiles: str | TileSource | None = None,
         *,
         backend: str = "auto",
+        precision: str | None = None,
         threads: int | None = None,
     ) -> GeoEngine:
         """Open a bundle, a tile source and a backend.
 
         `bundle` is a folder, "planet", or None for what `resolve_bundle` finds; `tiles` is what `open_source`
         takes, or an open source, which the engine then owns. Without `tiles`, a bundle of the built-in planet
-        gets the planet's tiles, and one of Earth raises SourceError. `backend` and `threads` are those of
-        `open_backend`.
+        gets the planet's tiles, and one of Earth raises SourceError. `backend`, `precision` and
+        `threads` are those of `open_backend`.
         """
         opened = EngineBundle.open(resolve_bundle(bundle))
         if tiles is None:
@@ -84,7 +85,7 @@ class GeoEngine:
                 undo.callback(source.close)
             else:
                 source = tiles
-            opened_backend = open_backend(opened, backend=backend, threads=threads)
+            opened_backend = open_backend(opened, backend=backend, precision=precision, threads=threads)
             undo.callback(opened_backend.close)
             engine = cls(opened, source, opened_backend)
             undo.pop_all()
@@ -124,7 +125,7 @@ class GeoEngine:
         start = time.perf_counter()
         read = [self._read(photo) for photo in photos]
         embeddings = self.embed_photos(read)
-        found = search(embeddings, self.source, self.backend.encode, config, progress=progress)
+        found = search(embeddings, self.source, self.backend, config, progress=progress)
         seconds = (time.perf_counter() - start) / max(1, len(read))
         return [
             self._location(photo, levels, config, seconds) for photo, levels in zip(read, found, strict=True)

@@ -16,9 +16,6 @@ MANIFEST = "manifest.json"
 PHOTO = "photo"
 """Name of the photo encoder; `encoder_name` names the map encoders."""
 
-SHARED = "shared"
-"""The name, among a variant's trunks, of the one that every encoder without a trunk of its own uses."""
-
 WORLDS = ("earth", "planet")
 RESIZE_MODES = ("shortest", "squash")
 """How a photo becomes a square: its middle at the shorter side's scale, or the whole of it distorted."""
@@ -54,22 +51,14 @@ class BundleFile:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """The ONNX files of one variant.
+    """The ONNX files of one variant: `trunks` by the side of their uint8 input, `heads` by encoder."""
 
-    `trunks` maps `SHARED`, or an encoder's name where it has a trunk of its own, to graphs by the side of
-    their uint8 input; `heads` maps encoder names to graphs.
-    """
-
-    trunks: Mapping[str, Mapping[int, str]]
+    trunks: Mapping[int, str]
     heads: Mapping[str, str]
-
-    def trunk(self, encoder: str) -> Mapping[int, str]:
-        """Return the graphs, by side, of the trunk that an encoder uses."""
-        return self.trunks.get(encoder) or self.trunks[SHARED]
 
     def files(self) -> list[str]:
         """Return every graph: trunks, then heads."""
-        return [*(path for sides in self.trunks.values() for path in sides.values()), *self.heads.values()]
+        return [*self.trunks.values(), *self.heads.values()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,10 +143,8 @@ class Manifest:
         for name in (PHOTO, *map(encoder_name, self.levels)):
             if name not in graphs.heads:
                 raise ValueError(f'"heads" of {variant} lacks the encoder {name}')
-            if name not in graphs.trunks and SHARED not in graphs.trunks:
-                raise ValueError(f'"trunks" of {variant} lacks the encoder {name}')
-            if self.image_size not in graphs.trunk(name):
-                raise ValueError(f'"trunks" of {variant} lacks the image size, {self.image_size}')
+        if self.image_size not in graphs.trunks:
+            raise ValueError(f'"trunks" of {variant} lacks the image size, {self.image_size}')
         for path in graphs.files():
             if path not in self.files:
                 raise ValueError(f'"files" lacks {path}')
@@ -228,12 +215,7 @@ def _variant(name: str) -> Variant:
 def _graphs(value: object) -> Graphs:
     fields = _Fields(value)
     return Graphs(
-        trunks={
-            encoder: {
-                _side(side): _path(path, "trunks") for side, path in _typed(sides, dict, '"trunks"').items()
-            }
-            for encoder, sides in fields.mapping("trunks").items()
-        },
+        trunks={_side(side): _path(path, "trunks") for side, path in fields.mapping("trunks").items()},
         heads={name: _path(path, "heads") for name, path in fields.mapping("heads").items()},
     )
 

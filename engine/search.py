@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from geoengine.engine.backends import EmbeddingRows
 from geoengine.engine.errors import GeoEngineError, SourceError, TileError
 from geoengine.engine.manifest import encoder_name
 from geoengine.engine.readahead import ReadAhead
 from geoengine.engine.results import Level, ScoredTile
 from geoengine.engine.sources import TileBatch, TileSource
 from geoengine.engine.tiles import LEVELS, Tile, all_xy, descendants_xy, tile_count
-from geoengine.kernels import cosine_topk
 
-Encode: TypeAlias = Callable[[str, NDArray[np.uint8]], NDArray[np.float32]]
-"""(encoder name, uint8[n, S, S, 3]) -> unit float32[n, d]; must not keep the pixels (a reused buffer)."""
+
+class Encoders(Protocol):
+    """The part of a backend that a search needs; see `Backend`."""
+
+    @property
+    def batch(self) -> int:
+        """How many pictures in one call suit it best; bounds memory."""
+        ...
+
+    def rows(self, encoder: str, capacity: int) -> EmbeddingRows:
+        """Return room for the embeddings of `capacity` pictures of one encoder."""
+        ...
+
 
 Progress: TypeAlias = Callable[[int, int, int, int], None]
 """(level index, zoom, tiles done, tiles in all), often; a level's last call has as many done as there are."""
-
-ENCODE_CHUNK = 32
-"""Pictures handed to the encoder at once, fewer at the end of a level; bounds memory."""
 
 READ_AHEAD = 2
 """Batches of the tile source that may wait for the encoder."""
@@ -54,7 +62,7 @@ class SearchConfig:
 def search(
     photo_embeddings: NDArray[np.float32],
     source: TileSource,
-    encode: Encode,
+    encoders: Encoders,
     config: SearchConfig,
     *,
     progress: Progress | None = None,
@@ -69,7 +77,7 @@ def search(
 
     Tiles that the source lacks are skipped and counted in `Level.missing`. A photo for which a level has no
     tile at all ends with the level before. Raises SourceError when that is the first level; exceptions of
-    the source and of `encode` pass through, and no thread is left behind.
+    the source and of the encoders pass through, and no thread is left behind.
     """
     queries = np.ascontiguousarray(photo_embeddings, dtype=np.float32)
     found: list[list[Level]] = [[] for _ in queries]
@@ -84,9 +92,8 @@ def search(
         if not candidates:
             break
         report = _level_progress(progress, index, zoom)
-        tiles = _encode_level(source, encode, zoom, candidates.values(), report)
-        for photo, xy in candidates.items():
-            level = tiles.rank(xy, queries[photo], config.k)
+        tiles = _encode_level(source, encoders, zoom, candidates.values(), report)
+        for photo, level in tiles.rank(candidates, queries, config.k):
             if level.beam:
                 found[photo].append(level)
         if index == 0 and not any(found):
@@ -96,31 +103,38 @@ def search(
 
 @dataclass(frozen=True, slots=True)
 class _EncodedLevel:
-    """The embeddings of one level's tiles: `ids` sorted, `rows` into `embeddings`, -1 for a missing tile."""
+    """The tiles of one level: `ids` sorted, `rows` into `embeddings`, -1 for a missing tile."""
 
     zoom: int
     ids: NDArray[np.int64]  # (tiles,)
     rows: NDArray[np.int64]  # (tiles,)
-    embeddings: NDArray[np.float32]  # (distinct pictures, d)
+    embeddings: EmbeddingRows
 
-    def rank(self, xy: NDArray[np.int64], query: NDArray[np.float32], k: int) -> Level:
-        """Score one photo's candidates, int64[n, 2], and keep the k best."""
-        rows = self.rows[np.searchsorted(self.ids, _pack(xy))]
-        present = np.flatnonzero(rows >= 0)
-        beam: tuple[ScoredTile, ...] = ()
-        if present.size:
-            scores, order = cosine_topk(self.embeddings[rows[present]], query[None], k)
-            kept = xy[present[order[0]]]  # (k, 2)
+    def rank(
+        self, candidates: Mapping[int, NDArray[np.int64]], queries: NDArray[np.float32], k: int
+    ) -> Iterator[tuple[int, Level]]:
+        """Score each photo's candidates, int64[n, 2], in one call; yields photos and their levels."""
+        rows = {photo: self.rows[np.searchsorted(self.ids, _pack(xy))] for photo, xy in candidates.items()}
+        present = {photo: np.flatnonzero(own >= 0) for photo, own in rows.items()}
+        segments = np.cumsum([0, *(len(own) for own in present.values())])
+        scores, order = np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)
+        if segments[-1]:
+            listed = np.concatenate([rows[photo][own] for photo, own in present.items()])
+            scores, order = self.embeddings.top_k(queries[list(rows)], k, listed, segments)
+        for row, (photo, xy) in enumerate(candidates.items()):
+            best = order[row][order[row] >= 0]  # fewer than k where a photo has fewer candidates
+            kept = xy[present[photo][best]]  # (k, 2)
             beam = tuple(
                 ScoredTile(tile=Tile(self.zoom, x, y), score=score)
-                for (x, y), score in zip(kept.tolist(), scores[0].tolist(), strict=True)
+                for (x, y), score in zip(kept.tolist(), scores[row].tolist(), strict=False)
             )
-        return Level(zoom=self.zoom, candidates=present.size, missing=len(xy) - present.size, beam=beam)
+            there = len(present[photo])
+            yield photo, Level(zoom=self.zoom, candidates=there, missing=len(xy) - there, beam=beam)
 
 
 def _encode_level(
     source: TileSource,
-    encode: Encode,
+    encoders: Encoders,
     zoom: int,
     candidates: Iterable[NDArray[np.int64]],
     progress: Callable[[int, int], None],
@@ -132,19 +146,13 @@ def _encode_level(
     arrays = {id(xy): xy for xy in candidates}.values()  # at the first level all photos share one array
     ids = np.unique(np.concatenate([_pack(xy) for xy in arrays]))
     rows = np.full(len(ids), -1, dtype=np.int64)
-    embeddings = np.empty((0, 0), dtype=np.float32)
-    encoded = 0
+    embeddings = encoders.rows(encoder_name(zoom), len(ids))
     progress(0, len(ids))
     with ReadAhead(lambda: _hashed(source, source.read(zoom, _unpack(ids))), depth=READ_AHEAD) as batches:
-        for pictures in _distinct(batches, rows, lambda done: progress(done, len(ids))):
-            chunk = encode(encoder_name(zoom), pictures)
-            if not encoded:
-                # Room for all tiles; the pages of those that turn out equal or missing are never touched.
-                embeddings = np.empty((len(ids), chunk.shape[1]), dtype=np.float32)
-            embeddings[encoded : encoded + len(chunk)] = chunk
-            encoded += len(chunk)
+        for pictures in _distinct(batches, rows, encoders.batch, lambda done: progress(done, len(ids))):
+            embeddings.append(pictures)
     progress(len(ids), len(ids))
-    return _EncodedLevel(zoom, ids, rows, embeddings[:encoded])
+    return _EncodedLevel(zoom, ids, rows, embeddings)
 
 
 def _hashed(source: TileSource, batches: Iterator[TileBatch]) -> Iterator[tuple[TileBatch, list[bytes]]]:
@@ -165,9 +173,10 @@ def _hashed(source: TileSource, batches: Iterator[TileBatch]) -> Iterator[tuple[
 def _distinct(
     batches: Iterable[tuple[TileBatch, list[bytes]]],
     rows: NDArray[np.int64],
+    chunk: int,
     progress: Callable[[int], None],
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield the distinct pictures in chunks, and write into `rows` which picture each tile has.
+    """Yield the distinct pictures, `chunk` at a time, and write into `rows` which picture each tile has.
 
     The chunks are views of one staging buffer.
     """
@@ -176,13 +185,13 @@ def _distinct(
     waiting = done = 0
     for batch, digests in batches:
         if not staging.size:
-            staging = np.empty((ENCODE_CHUNK, *batch.pixels.shape[1:]), dtype=np.uint8)
+            staging = np.empty((min(chunk, len(rows)), *batch.pixels.shape[1:]), dtype=np.uint8)
         for position, digest, picture in zip(batch.positions.tolist(), digests, batch.pixels, strict=True):
             if digest not in row_of:
                 row_of[digest] = len(row_of)
                 staging[waiting] = picture
                 waiting += 1
-                if waiting == ENCODE_CHUNK:
+                if waiting == len(staging):
                     yield staging
                     waiting = 0
             rows[position] = row_of[digest]

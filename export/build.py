@@ -17,7 +17,7 @@ from geoengine.engine.backends import ONNXRUNTIME_CPU, open_backend
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import ExportError
 from geoengine.engine.extras import require_extra
-from geoengine.engine.manifest import MANIFEST, PHOTO, SCHEMA, SHARED, Variant, encoder_name
+from geoengine.engine.manifest import MANIFEST, PHOTO, SCHEMA, Variant, encoder_name
 from geoengine.engine.tiles import LEVELS
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def verify_bundle(path: str | Path, progress: Progress | None = None) -> BuildRe
     steps("read the bundle")
     bundle = EngineBundle.open(path)
     graphs = bundle.manifest.graphs[Variant.fp32].files()
-    sides = tuple(sorted(bundle.manifest.graphs[Variant.fp32].trunks[SHARED]))
+    sides = tuple(sorted(bundle.manifest.graphs[Variant.fp32].trunks))
     steps.total = 1 + len(graphs) + len(bundle.manifest.graphs[Variant.fp32].heads) * len(sides)
     for name in graphs:
         steps(f"check {name}")
@@ -253,7 +253,7 @@ def _write_graphs(
         "logit_scale": {name: encoders.logit_scale[name] for name in map(encoder_name, encoders.levels)},
         "graphs": {
             precision: {
-                "trunks": {SHARED: {str(side): f"onnx/{file.name}" for side, file in trunk_files.items()}},
+                "trunks": {str(side): f"onnx/{file.name}" for side, file in trunk_files.items()},
                 "heads": {name: f"onnx/{file.name}" for name, file in head_files.items()},
             }
         },
@@ -316,7 +316,7 @@ def _report(
 ) -> BuildReport:
     (precision, graphs), files = next(iter(manifest["graphs"].items())), manifest["files"]
     rows = []
-    for side, file in graphs["trunks"][SHARED].items():
+    for side, file in graphs["trunks"].items():
         here = [result for result in results if result.side == int(side)]
         cosines = [cosine for result in here for cosine in result.cosines]
         rows.append(

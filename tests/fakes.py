@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from geoengine.engine.backends.batches import HostRows
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.tiles import LEVELS, MAX_LATITUDE_DEG
 
@@ -35,6 +36,16 @@ class AddressTiles:
 def addresses(pixels):
     """(z, x, y) of each picture, int32[n, 3]."""
     return np.ascontiguousarray(pixels).reshape(len(pixels), 12).view(np.int32)
+
+
+class HostEncoders:
+    """The encoders of a search, made from a function (encoder, uint8[n, S, S, 3]) -> float32[n, d]."""
+
+    def __init__(self, encode, batch=32):
+        self.encode, self.batch = encode, batch
+
+    def rows(self, encoder, capacity):
+        return HostRows(self.encode, encoder, capacity)
 
 
 class Oracle:

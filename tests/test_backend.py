@@ -72,7 +72,7 @@ def test_a_large_call_equals_its_parts(backend):
 
 def test_the_trunk_is_picked_by_the_pictures_side(backend, bundle):
     backend.encode("z01", pictures(1, 16))
-    assert set(backend._sessions) == {bundle.trunk_path("z01", 16, "fp32"), bundle.head_path("z01", "fp32")}
+    assert set(backend._sessions) == {bundle.trunk_path(16, "fp32"), bundle.head_path("z01", "fp32")}
 
 
 def test_pictures_without_a_trunk_are_resized(backend, bundle):
@@ -80,7 +80,7 @@ def test_pictures_without_a_trunk_are_resized(backend, bundle):
     resized = np.stack([center_square(picture, IMAGE_SIZE) for picture in pixels])
     np.testing.assert_array_equal(backend.encode("z01", pixels), backend.encode("z01", resized))
     assert set(backend._sessions) == {
-        bundle.trunk_path("z01", IMAGE_SIZE, "fp32"),
+        bundle.trunk_path(IMAGE_SIZE, "fp32"),
         bundle.head_path("z01", "fp32"),
     }
 
@@ -141,7 +141,7 @@ def test_auto_logs_its_choice_once(bundle, caplog):
     with caplog.at_level(logging.INFO):
         opened = open_backend(bundle, threads=3)
         opened.encode("z01", pictures(1))
-    assert [record.message for record in caplog.records] == ["backend onnxruntime-cpu, 3 threads"]
+    assert [record.message for record in caplog.records] == ["backend onnxruntime-cpu, fp32"]
 
 
 def test_a_named_backend_logs_nothing(bundle, caplog):
@@ -150,12 +150,19 @@ def test_a_named_backend_logs_nothing(bundle, caplog):
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("name", ["tensorrt", "", "ONNXRuntime-CPU"])
+@pytest.mark.parametrize("name", ["torch", "", "ONNXRuntime-CPU"])
 def test_an_unknown_backend(bundle, name):
-    with pytest.raises(
-        BackendError, match=f"unknown backend '{name}': this version has auto and .*{BACKENDS[0]}"
-    ):
+    with pytest.raises(BackendError, match=f"unknown backend '{name}': there are auto, .*{BACKENDS[0]}"):
         open_backend(bundle, backend=name)
+
+
+def test_a_precision_that_cannot_be(bundle):
+    with pytest.raises(BackendError, match="unknown precision 'fp8': there are fp32, fp16, int8"):
+        open_backend(bundle, precision="fp8")
+    with pytest.raises(
+        BackendError, match="has no int8 graphs, .*`geoengine build-engines --precision int8`"
+    ):
+        open_backend(bundle, backend="onnxruntime-cpu", precision="int8")
 
 
 @pytest.mark.parametrize("threads", [0, 100_000])

@@ -36,7 +36,7 @@ MANIFEST = {
     "std": [0.25, 0.25, 1],
     "resize_mode": "shortest",
     "logit_scale": {"z04": 100.0, "z10": 50},
-    "graphs": {"fp32": {"trunks": {"shared": TRUNKS}, "heads": HEADS}},
+    "graphs": {"fp32": {"trunks": TRUNKS, "heads": HEADS}},
     "files": {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in FILES.items()
     },
@@ -47,7 +47,7 @@ MANIFEST = {
 
 def graphs(*, trunks=None, heads=HEADS):
     """The manifest's graphs with something changed."""
-    return {"graphs": {"fp32": {"trunks": {"shared": TRUNKS} if trunks is None else trunks, "heads": heads}}}
+    return {"graphs": {"fp32": {"trunks": TRUNKS if trunks is None else trunks, "heads": heads}}}
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def test_a_whole_bundle(folder):
     bundle = EngineBundle.open(folder)
     assert (bundle.world, bundle.levels, bundle.embed_dim, bundle.image_size) == ("earth", (4, 10), 512, 224)
     assert bundle.variants == (Variant.fp32,)
-    assert bundle.trunk_path("z10", 256, Variant.fp32) == folder / "onnx/trunk.256.fp32.onnx"
-    assert bundle.trunk_path("z10", 512, Variant.fp32) is None
+    assert bundle.trunk_path(256, Variant.fp32) == folder / "onnx/trunk.256.fp32.onnx"
+    assert bundle.trunk_path(512, Variant.fp32) is None
     assert bundle.head_path("z10", Variant.fp32) == folder / "onnx/head_z10.fp32.onnx"
     assert bundle.manifest.mean == (0.5, 0.4, 0.3)
     assert bundle.manifest.logit_scale == {"z04": 100.0, "z10": 50.0}
@@ -85,21 +85,13 @@ def test_encoder_names():
     assert [encoder_name(z) for z in (4, 16)] == ["z04", "z16"]
 
 
-def test_an_encoder_may_have_a_trunk_of_its_own(folder):
-    own = {"photo": {"224": "onnx/trunk.224.fp32.onnx"}, "shared": {"224": "onnx/trunk.256.fp32.onnx"}}
-    write(folder, MANIFEST | graphs(trunks=own))
-    bundle = EngineBundle.open(folder)
-    assert bundle.trunk_path("photo", 224, Variant.fp32) == folder / "onnx/trunk.224.fp32.onnx"
-    assert bundle.trunk_path("z04", 224, Variant.fp32) == folder / "onnx/trunk.256.fp32.onnx"
-
-
 def test_unknown_encoders_and_variants_name_those_there_are(folder):
     bundle = EngineBundle.open(folder)
-    for ask in (bundle.head_path, lambda encoder, variant: bundle.trunk_path(encoder, 224, variant)):
-        with pytest.raises(BundleError, match=r"has no encoder 'z06'; it has photo, z04, z10$"):
-            ask("z06", Variant.fp32)
+    with pytest.raises(BundleError, match=r"has no encoder 'z06'; it has photo, z04, z10$"):
+        bundle.head_path("z06", Variant.fp32)
+    for ask, what in ((bundle.head_path, "z04"), (bundle.trunk_path, 224)):
         with pytest.raises(BundleError, match=r"has no int8 graphs; it has fp32$"):
-            ask("z04", Variant.int8)
+            ask(what, Variant.int8)
 
 
 # --- damage -----------------------------------------------------------------------------------------------
@@ -194,14 +186,12 @@ def test_every_field_is_needed(folder, field):
         ({"logit_scale": {"z04": 10**400, "z10": 1.0}}, "manifest.json cannot be used"),
         ({"mean": [0.5, 0.5]}, '"mean" must have 3 numbers, got 2'),
         ({"embed_dim": 0}, '"embed_dim" must be at least 1'),
-        (graphs(trunks={"shared": {"256": "onnx/trunk.256.fp32.onnx"}}), "lacks the image size, 224"),
+        (graphs(trunks={"256": "onnx/trunk.256.fp32.onnx"}), "lacks the image size, 224"),
         (
-            graphs(trunks={"shared": {"large": "onnx/trunk.256.fp32.onnx"}}),
+            graphs(trunks={"large": "onnx/trunk.256.fp32.onnx"}),
             '"trunks" must map sides in pixels',
         ),
-        (graphs(trunks={"photo": TRUNKS, "z04": TRUNKS}), '"trunks" of fp32 lacks the encoder z10'),
         (graphs(trunks=[]), '"trunks" must be an object'),
-        (graphs(trunks={"shared": []}), '"trunks" must be an object'),
         ({"graphs": {}}, '"graphs" is empty'),
         ({"graphs": {"fp8": {}}}, "\"graphs\" has an unknown variant 'fp8': update geoengine"),
         ({"resize_mode": "pad"}, "\"resize_mode\" must be one of shortest, squash, got 'pad'"),

@@ -11,6 +11,7 @@ from tiny_bundle import write_tiny_bundle
 from geoengine.bench import evaluate as module
 from geoengine.bench.accuracy import THRESHOLDS_KM, accuracy, wilson_share
 from geoengine.bench.evaluate import evaluate_planet, land_places
+from geoengine.engine.backends.batches import HostRows
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BundleError, GeoEngineError
@@ -105,7 +106,7 @@ def test_places_of_the_real_planet():
 class OracleBackend:
     """The oracle behind the backend's seam; from `lost_at` on it knows nothing."""
 
-    name = "oracle"
+    name, batch = "oracle", 32
 
     def __init__(self, lost_at=99):
         self.oracle, self.lost_at, self.closed = Oracle(), lost_at, False
@@ -117,6 +118,9 @@ class OracleBackend:
         if int(encoder[1:]) >= self.lost_at:
             return np.tile(np.eye(1, 28, dtype=np.float32), (len(pixels), 1))  # all tiles are alike
         return self.oracle.encode(encoder, pixels)
+
+    def rows(self, encoder, capacity):
+        return HostRows(self.encode, encoder, capacity)
 
     def close(self):
         self.closed = True

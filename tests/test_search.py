@@ -5,14 +5,19 @@ import threading
 import mercantile
 import numpy as np
 import pytest
-from fakes import AddressTiles, Oracle, addresses
+from fakes import AddressTiles, HostEncoders, Oracle, addresses
 
 from geoengine.engine import search as search_module
 from geoengine.engine.errors import GeoEngineError, SourceError, TileError
 from geoengine.engine.readahead import ReadAhead
-from geoengine.engine.search import SearchConfig, search
+from geoengine.engine.search import SearchConfig
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.tiles import LEVELS, Tile, children, descendants, xy_at
+
+
+def search(photos, source, encode, config, *, progress=None, batch=32):
+    """A search whose encoders are a function (encoder, uint8[n, S, S, 3]) -> float32[n, d]."""
+    return search_module.search(photos, source, HostEncoders(encode, batch), config, progress=progress)
 
 
 def random_places(count, seed):
@@ -181,7 +186,7 @@ def test_equal_pictures_are_encoded_once():
     encoded = []
 
     def encode(encoder, pixels):
-        assert 0 < len(pixels) <= search_module.ENCODE_CHUNK
+        assert 0 < len(pixels) <= 32
         encoded.extend(map(tuple, addresses(pixels).tolist()))
         return hashed_encode(encoder, pixels)
 
@@ -194,10 +199,9 @@ def test_equal_pictures_are_encoded_once():
     assert [level.candidates for level in levels] == [256, 144]  # and all of its tiles are still scored
 
 
-def test_chunks_of_one_buffer_give_each_tile_its_own_embedding(monkeypatch):
-    monkeypatch.setattr(search_module, "ENCODE_CHUNK", 5)
+def test_chunks_of_one_buffer_give_each_tile_its_own_embedding():
     config = SearchConfig(k=6, levels=(2, 4))
-    (levels,) = search(random_photos(1), AddressTiles(chunk=3, shuffle=9), hashed_encode, config)
+    (levels,) = search(random_photos(1), AddressTiles(chunk=3, shuffle=9), hashed_encode, config, batch=5)
     assert_same_levels(levels, brute_force(random_photos(1)[0], hashed_encode, 6, (2, 4)))
 
 

@@ -34,7 +34,7 @@ def write_tiny_bundle(folder, *, levels=(1, 3), world="planet", sides=(8, 16), e
         "std": [0.5, 0.5, 0.5],
         "resize_mode": "shortest",
         "logit_scale": dict.fromkeys(encoders[1:], 20.0),
-        "graphs": {"fp32": {"trunks": {"shared": trunks}, "heads": heads}},
+        "graphs": {"fp32": {"trunks": trunks, "heads": heads}},
         "files": {},
         "tools": {},
         "parity": {},

@@ -1,8 +1,10 @@
-"""What executes an encoder."""
+"""What executes an encoder: the backends, and the choice between them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from importlib import import_module
 from typing import Protocol
 
 import numpy as np
@@ -10,15 +12,48 @@ from numpy.typing import NDArray
 
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError
+from geoengine.engine.manifest import Variant
 
+TENSORRT = "tensorrt"
+ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+OPENVINO = "openvino"
 ONNXRUNTIME_CPU = "onnxruntime-cpu"
-BACKENDS = (ONNXRUNTIME_CPU,)
-"""Names that `open_backend` takes besides "auto"."""
+
+_CLASSES = {
+    ONNXRUNTIME_CPU: ("onnxruntime", "OnnxRuntimeCpu"),
+}
+BACKENDS = tuple(_CLASSES)
+"""Names that `open_backend` takes besides "auto", the fastest first."""
+
+PRECISIONS = ("fp32", "fp16", "int8")
+"""What a user may ask a backend, or a build, to compute in."""
 
 MAX_THREADS = 512
 """More would only exhaust the system: every graph of a bundle has threads of its own."""
 
 _log = logging.getLogger(__name__)
+
+
+class EmbeddingRows(Protocol):
+    """The embeddings of some pictures, kept where the encoder runs until they have been scored."""
+
+    def append(self, pixels: NDArray[np.uint8]) -> None:
+        """Encode uint8[n, S, S, 3] and keep the embeddings as the next n rows.
+
+        It may return before the encoder is done; `pixels` may be overwritten at once. Raises BackendError
+        when the encoder cannot run.
+        """
+        ...
+
+    def top_k(
+        self, queries: NDArray[np.float32], k: int, rows: NDArray[np.int64], segments: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Score query i, float32[m, d], against its own rows: `rows[segments[i]:segments[i + 1]]`.
+
+        Returns scores float32[m, k'] and indices int64[m, k'], positions in the query's list, as
+        `cosine_topk` does.
+        """
+        ...
 
 
 class Backend(Protocol):
@@ -29,14 +64,28 @@ class Backend(Protocol):
         """What executes, for people and logs: one of `BACKENDS`."""
         ...
 
+    @property
+    def variant(self) -> Variant:
+        """Which of the bundle's graphs are executed."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """How many pictures in one call suit it best."""
+        ...
+
     def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] RGB pictures; n may be 0.
 
         `encoder` is "photo" or a map encoder, "z04" and so on; BundleError when the bundle does not have it.
         An embedding does not depend on what else is in the call: alone or among others, every component
-        agrees to 1e-6. `pixels` is read only during the call. Raises BackendError when the encoder cannot
-        run.
+        agrees to 1e-6 on a CPU, and to the rounding of its precision on a GPU. `pixels` is read only during
+        the call. Raises BackendError when the encoder cannot run.
         """
+        ...
+
+    def rows(self, encoder: str, capacity: int) -> EmbeddingRows:
+        """Return room for the embeddings of `capacity` pictures of one encoder."""
         ...
 
     def close(self) -> None:
@@ -44,20 +93,70 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(bundle: EngineBundle, *, backend: str = "auto", threads: int | None = None) -> Backend:
-    """Return the named backend for a bundle; "auto" takes the best one that can run here, and logs which.
+def open_backend(
+    bundle: EngineBundle,
+    *,
+    backend: str = "auto",
+    precision: str | None = None,
+    threads: int | None = None,
+) -> Backend:
+    """Return the named backend for a bundle; "auto" takes the first of `BACKENDS` that runs, and logs which.
 
-    `threads` is the number of CPU threads, by default the cores that this process may use. Raises
-    BackendError when the backend is unknown or cannot run here; nothing else is ever taken in its place.
+    `precision` is one of `PRECISIONS`, by default the fastest that the bundle has for the backend. `threads`
+    is the number of CPU threads, by default the cores that this process may use. Raises BackendError when
+    backend or precision is unknown or cannot run here; nothing else is ever taken in place of what was named.
     """
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise BackendError(f"threads must be from 1 to {MAX_THREADS}, got {threads}")
     if backend not in ("auto", *BACKENDS):
-        known = ", ".join(BACKENDS)
-        raise BackendError(f"unknown backend {backend!r}: this version has auto and {known}")
-    from geoengine.engine.backends.onnxruntime import OnnxRuntimeCpu
+        raise BackendError(f"unknown backend {backend!r}: there are auto, {', '.join(BACKENDS)}")
+    if precision not in (None, *PRECISIONS):
+        raise BackendError(f"unknown precision {precision!r}: there are {', '.join(PRECISIONS)}")
+    if backend != "auto":
+        return _open(backend, bundle, precision, threads)
+    reasons = []
+    for name, opened in try_backends(bundle, precision=precision, threads=threads):
+        if not isinstance(opened, BackendError):
+            _log.info("backend %s, %s", opened.name, opened.variant)
+            return opened
+        _log.debug("not backend %s: %s", name, opened)
+        reasons.append(f"{name}: {opened}")
+    raise BackendError(f"no backend can run engine bundle {bundle.path}: {'; '.join(reasons)}")
 
-    opened = OnnxRuntimeCpu(bundle, threads=threads)
-    if backend == "auto":
-        _log.info("backend %s, %d threads", opened.name, opened.threads)
-    return opened
+
+def try_backends(
+    bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None
+) -> Iterator[tuple[str, Backend | BackendError]]:
+    """Yield each backend's name and the opened backend, or why it cannot run; the caller closes them."""
+    for name in BACKENDS:
+        try:
+            yield name, _open(name, bundle, precision, threads)
+        except BackendError as error:
+            yield name, error
+
+
+def _open(name: str, bundle: EngineBundle, precision: str | None, threads: int | None) -> Backend:
+    module, cls = _CLASSES[name]
+    backend: Backend = getattr(import_module(f"geoengine.engine.backends.{module}"), cls)(
+        bundle, precision=precision, threads=threads
+    )
+    return backend
+
+
+def choose_variant(
+    bundle: EngineBundle, name: str, precision: str | None, runs: tuple[Variant, ...]
+) -> Variant:
+    """Return the first variant of `runs` that the bundle has, of the given precision if that is not None.
+
+    Raises BackendError, with the command that mends it, when there is none; `name` is the backend's.
+    """
+    wanted = [variant for variant in runs if precision is None or variant.split("-")[0] == precision]
+    for variant in wanted:
+        if variant in bundle.variants:
+            return variant
+    if not wanted:
+        raise BackendError(f"backend {name} does not compute in {precision}, only in {', '.join(runs)}")
+    raise BackendError(
+        f"engine bundle {bundle.path} has no {' or '.join(wanted)} graphs, which backend {name} needs: "
+        f"`geoengine build-engines --precision {wanted[0].split('-')[0]}` makes them"
+    )
