@@ -3,35 +3,55 @@
 import numpy as np
 import numpy.typing as npt
 
-from geoengine.kernels.arguments import Rows, checked, not_finite
+from geoengine.kernels.arguments import Answer, Integers, Rows, checked, not_finite
 
 
 def cosine_topk(
-    embeddings: Rows, queries: Rows, k: int, *, threads: int | None = None
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    embeddings: Rows,
+    queries: Rows,
+    k: int,
+    *,
+    rows: Integers | None = None,
+    segments: Integers | None = None,
+    normalized: bool = False,
+    out: Answer | None = None,
+    threads: int | None = None,
+) -> Answer:
     """Return what `geoengine.kernels.cosine_topk` returns, from sums in float64 rounded once to float32.
 
     Arguments, order, ties and errors are those of the compiled kernel; scores agree to 1e-6, the rounding of
     fp32 sums. `threads` is checked and not used. Makes a float64 copy of the embeddings.
     """
-    rows, photos, k, _ = checked(embeddings, queries, k, threads)
-    photo_units = _unit_rows("queries", photos)
-    row_units = _unit_rows("embeddings", rows)
-    k = min(k, len(row_units))
-    scores = np.empty((len(photo_units), k), np.float32)
-    indices = np.empty((len(photo_units), k), np.int64)
-    for i, photo in enumerate(photo_units):
+    call = checked(embeddings, queries, k, rows, segments, normalized, out, threads)
+    photo_units = _units(_finite("queries", call.queries, np.arange(len(call.queries))))
+    numbers = np.arange(len(call.embeddings)) if call.rows is None else call.rows
+    candidates = _finite("embeddings", call.embeddings[numbers], numbers)
+    if not call.normalized:
+        candidates = _units(candidates)
+    shape = (len(photo_units), call.kept)
+    scores, indices = call.out or (np.empty(shape, np.float32), np.empty(shape, np.int64))
+    scores[:], indices[:] = -np.inf, -1
+    for photo, positions, photo_scores, photo_indices in zip(
+        photo_units, call.lists, scores, indices, strict=True
+    ):
         # A sum per row, not a matrix product: equal rows must get equal scores wherever they stand.
-        cosine = np.clip((row_units * photo).sum(axis=1), -1, 1).astype(np.float32)
-        indices[i] = np.argsort(-cosine, kind="stable")[:k]
-        scores[i] = cosine[indices[i]]
+        score = (candidates[positions] * photo).sum(axis=1)
+        if not call.normalized:
+            score = np.clip(score, -1, 1)
+        score = score.astype(np.float32)
+        best = np.argsort(-score, kind="stable")[: call.kept]
+        photo_indices[: len(best)] = best
+        photo_scores[: len(best)] = score[best]
     return scores, indices
 
 
-def _unit_rows(name: str, rows: Rows) -> npt.NDArray[np.float64]:
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+def _finite(name: str, values: Rows, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if bad.size:
-        raise not_finite(name, int(bad[0]))
-    values = rows.astype(np.float64)
+        raise not_finite(name, int(numbers[bad[0]]))
+    return values.astype(np.float64)
+
+
+def _units(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     norms = np.sqrt((values * values).sum(axis=1, keepdims=True))
     return np.asarray(np.divide(values, norms, out=np.zeros_like(values), where=norms > 0))

@@ -1,9 +1,10 @@
-// The Python face of the scan: checks what memory safety rests on, allocates the answer, releases the GIL.
+// The Python face of the scan: takes arrays that are ready, allocates the answer, releases the GIL. What is not ready
+// gets None, and Python prepares it or says what is wrong: the words are written once, and the common call is short.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,55 +16,170 @@ namespace cpu = geoengine::cpu;
 
 namespace {
 
-constexpr int kNumpyHalf = 23;  // NPY_HALF of NumPy's C interface
+// NumPy's type numbers, from its C interface.
+constexpr int kInt8 = 1;
+constexpr int kUInt16 = 4;
+constexpr int kFloat32 = 11;
+constexpr int kFloat16 = 23;
 
-bool is_half(const py::array& array) { return array.dtype().num() == kNumpyHalf && array.dtype().byteorder() == '='; }
-
-void check_matrix(const py::array& array, const std::string& name, bool half_allowed) {
-  if (!py::isinstance<py::array_t<float>>(array) && !(half_allowed && is_half(array))) {
-    throw py::type_error(name + " must be float32" + (half_allowed ? " or float16" : "") + ", got " +
-                         py::str(array.dtype()).cast<std::string>());
-  }
-  const int ready = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-  if (array.ndim() != 2 || (array.flags() & ready) != ready) {
-    throw py::value_error(name + " must be a two-dimensional, aligned and C-contiguous array");
-  }
+int type_number(const py::array& array) {
+  const py::detail::PyArrayDescr_Proxy* const type = py::detail::array_descriptor_proxy(
+      py::detail::array_proxy(array.ptr())->descr);
+  return type->byteorder == '=' || type->byteorder == '|' ? type->type_num : -1;
 }
 
-const cpu::Kernel& find_kernel(const std::optional<std::string>& wanted) {
-  if (!wanted) return *cpu::kernels().front();
+bool has_flags(const py::array& array, int flags) { return (array.flags() & flags) == flags; }
+
+constexpr int kReady = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+constexpr int kReadyToWrite = kReady | py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+
+bool is_vector_of_int64(const py::array& array) {
+  return py::isinstance<py::array_t<std::int64_t>>(array) && array.ndim() == 1 && has_flags(array, kReady);
+}
+
+bool is_array(const py::object& object) { return py::isinstance<py::array>(object); }
+
+// Rows may lie apart, but the values of a row side by side.
+bool read_rows(const py::object& object, const py::object& scales, bool bfloat16, bool unit, cpu::Rows& rows) {
+  if (!is_array(object)) return false;
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  const int type = type_number(array);
+  if (type == kFloat32) {
+    rows.type = cpu::RowType::f32;
+  } else if (type == kFloat16) {
+    rows.type = cpu::RowType::f16;
+  } else if (type == kUInt16 && bfloat16) {
+    rows.type = cpu::RowType::bf16;
+  } else if (type == kInt8 && !scales.is_none()) {
+    rows.type = cpu::RowType::i8;
+  } else {
+    return false;
+  }
+  if (array.ndim() != 2 || !has_flags(array, py::detail::npy_api::NPY_ARRAY_ALIGNED_)) return false;
+  rows.data = array.data();
+  rows.n = array.shape(0);
+  rows.d = array.shape(1);
+  rows.unit = unit;
+  const py::ssize_t size = array.itemsize();
+  rows.stride = rows.n > 1 ? array.strides(0) / size : rows.d;
+  if (rows.n > 0 && rows.d > 1 && array.strides(1) != size) return false;
+  if (rows.n > 1 && (array.strides(0) % size != 0 || rows.stride < rows.d)) return false;
+  rows.scales = nullptr;
+  if (rows.type == cpu::RowType::i8) {
+    if (!py::isinstance<py::array_t<float>>(scales)) return false;
+    const auto factors = py::reinterpret_borrow<py::array>(scales);
+    if (factors.ndim() != 1 || factors.shape(0) != rows.n || !has_flags(factors, kReady)) return false;
+    rows.scales = static_cast<const float*>(factors.data());
+  }
+  return true;
+}
+
+bool read_candidates(const py::object& numbers, const py::object& segments, std::int64_t n, std::int64_t m,
+                     cpu::Candidates& out) {
+  out = {nullptr, n, nullptr, n};
+  if (!numbers.is_none()) {
+    if (!is_array(numbers)) return false;
+    const auto array = py::reinterpret_borrow<py::array>(numbers);
+    if (!is_vector_of_int64(array)) return false;
+    out.rows = static_cast<const std::int64_t*>(array.data());
+    out.count = out.longest = array.shape(0);
+  }
+  if (!segments.is_none()) {
+    if (!is_array(segments)) return false;
+    const auto array = py::reinterpret_borrow<py::array>(segments);
+    if (!is_vector_of_int64(array) || array.shape(0) != m + 1) return false;
+    out.segments = static_cast<const std::int64_t*>(array.data());
+    if (out.segments[0] != 0 || out.segments[m] != out.count) return false;
+    out.longest = 0;
+    for (std::int64_t j = 0; j < m; ++j) {
+      if (out.segments[j + 1] < out.segments[j]) return false;
+      out.longest = std::max(out.longest, out.segments[j + 1] - out.segments[j]);
+    }
+  }
+  return true;
+}
+
+// A Python integer of at least `least` that fits; a bool is none.
+bool read_integer(const py::object& object, std::int64_t least, std::int64_t& out) {
+  if (!PyLong_CheckExact(object.ptr())) return false;
+  int overflow = 0;
+  out = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
+  return overflow == 0 && out >= least;
+}
+
+// The caller's pair of arrays, or new ones.
+bool read_out(const py::object& out, std::int64_t m, std::int64_t k, py::array& scores, py::array& indices) {
+  if (out.is_none()) {
+    scores = py::array_t<float>({m, k});
+    indices = py::array_t<std::int64_t>({m, k});
+    return true;
+  }
+  if (!PyTuple_CheckExact(out.ptr()) || PyTuple_GET_SIZE(out.ptr()) != 2) return false;
+  const py::tuple pair = py::reinterpret_borrow<py::tuple>(out);
+  if (!py::isinstance<py::array_t<float>>(pair[0]) || !py::isinstance<py::array_t<std::int64_t>>(pair[1])) return false;
+  scores = pair[0];
+  indices = pair[1];
+  for (const py::array& array : {scores, indices}) {
+    if (array.ndim() != 2 || array.shape(0) != m || array.shape(1) != k || !has_flags(array, kReadyToWrite)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+const cpu::Kernel& find_kernel(const py::object& wanted) {
+  if (wanted.is_none()) return *cpu::kernels().front();
+  const std::string name = py::str(wanted);
   for (const cpu::Kernel* kernel : cpu::kernels()) {
-    if (cpu::name(*kernel) == *wanted) return *kernel;
+    if (cpu::name(*kernel) == name) return *kernel;
   }
-  throw py::value_error("this processor has no kernel \"" + *wanted + "\"");
+  throw py::value_error("this processor has no kernel \"" + name + "\"");
 }
 
-py::tuple cosine_topk(const py::array& embeddings, const py::array& queries, py::ssize_t k, py::ssize_t threads,
-                      const std::optional<std::string>& kernel_name) {
-  check_matrix(embeddings, "embeddings", true);
-  check_matrix(queries, "queries", false);
-  if (embeddings.shape(1) != queries.shape(1)) throw py::value_error("embeddings and queries differ in width");
-  if (k < 1 || threads < 0) throw py::value_error("k must be at least 1 and threads at least 0");
-  const cpu::Kernel& kernel = find_kernel(kernel_name);
+[[noreturn]] void refuse(const cpu::Outcome& outcome, const cpu::Candidates& candidates, std::int64_t n) {
+  const std::string place = std::to_string(outcome.where);
+  if (outcome.status == cpu::Status::bad_query) {
+    throw py::value_error("queries must be finite, got NaN or infinity in row " + place);
+  }
+  const std::string row = candidates.rows ? std::to_string(candidates.rows[outcome.where]) : place;
+  if (outcome.status == cpu::Status::no_such_row) {
+    throw py::index_error("rows must be row numbers of embeddings, in [0, " + std::to_string(n) + "), got " + row +
+                          " at position " + place);
+  }
+  throw py::value_error("embeddings must be finite, got NaN or infinity in row " + row);
+}
 
-  const py::ssize_t m = queries.shape(0);
-  const py::ssize_t kept = std::min(k, embeddings.shape(0));
-  py::array_t<float> scores({m, kept});
-  py::array_t<std::int64_t> indices({m, kept});
-  const cpu::Rows rows = {embeddings.data(), is_half(embeddings) ? cpu::RowType::f16 : cpu::RowType::f32,
-                          embeddings.shape(0), embeddings.shape(1)};
-  const cpu::Queries job = {static_cast<const float*>(queries.data()), m, kept, scores.mutable_data(),
-                            indices.mutable_data()};
+py::object cosine_topk(const py::object& embeddings, const py::object& queries, const py::object& k,
+                       const py::object& numbers, const py::object& segments, const py::object& normalized,
+                       const py::object& out, const py::object& threads, const py::object& scales, bool bfloat16,
+                       const py::object& kernel) {
+  if (!PyBool_Check(normalized.ptr())) return py::none();
+  cpu::Rows rows;
+  if (!read_rows(embeddings, scales, bfloat16, normalized.ptr() == Py_True, rows)) return py::none();
+  if (!py::isinstance<py::array_t<float>>(queries)) return py::none();
+  const auto photos = py::reinterpret_borrow<py::array>(queries);
+  if (photos.ndim() != 2 || photos.shape(1) != rows.d || !has_flags(photos, kReady)) return py::none();
+  cpu::Queries job;
+  job.m = photos.shape(0);
+  job.data = static_cast<const float*>(photos.data());
+  cpu::Candidates candidates;
+  if (!read_candidates(numbers, segments, rows.n, job.m, candidates)) return py::none();
+  std::int64_t workers = 0;
+  if (!read_integer(k, 1, job.k) || (!threads.is_none() && !read_integer(threads, 1, workers))) return py::none();
+  job.k = std::min(job.k, candidates.longest);
+  py::array scores;
+  py::array indices;
+  if (!read_out(out, job.m, job.k, scores, indices)) return py::none();
+  job.scores = static_cast<float*>(scores.mutable_data());
+  job.indices = static_cast<std::int64_t*>(indices.mutable_data());
+  const cpu::Kernel& chosen = find_kernel(kernel);
   cpu::Outcome outcome;
   {
     const py::gil_scoped_release released;
-    outcome = cpu::cosine_topk(kernel, rows, job, threads);
+    outcome = cpu::cosine_topk(chosen, rows, candidates, job, workers);
   }
-  if (outcome.status != cpu::Status::ok) {
-    const std::string name = outcome.status == cpu::Status::bad_query ? "queries" : "embeddings";
-    throw py::value_error(name + " must be finite, got NaN or infinity in row " + std::to_string(outcome.row));
-  }
-  return py::make_tuple(scores, indices);
+  if (outcome.status != cpu::Status::ok) refuse(outcome, candidates, rows.n);
+  return py::make_tuple(std::move(scores), std::move(indices));
 }
 
 std::vector<std::string> kernel_names() {
@@ -76,8 +192,10 @@ std::vector<std::string> kernel_names() {
 
 PYBIND11_MODULE(_topk_cpu, module, py::mod_gil_not_used()) {
   module.doc() = "Cosine top-k on the CPU; call it through geoengine.kernels.";
-  module.def("cosine_topk", &cosine_topk, py::arg("embeddings"), py::arg("queries"), py::arg("k"), py::kw_only(),
-             py::arg("threads"), py::arg("kernel"),
-             "Checked, C-contiguous arrays in; threads=0 chooses, kernel=None takes the fastest.");
+  module.def("cosine_topk", &cosine_topk, py::arg("embeddings"), py::arg("queries"), py::arg("k"),
+             py::arg("rows") = py::none(), py::arg("segments") = py::none(), py::arg("normalized") = false,
+             py::arg("out") = py::none(), py::arg("threads") = py::none(), py::arg("scales") = py::none(), py::arg("bfloat16") = false, py::arg("kernel") = py::none(),
+             "Arrays that are ready in, scores and indices out, or None where something is not ready; with bfloat16, "
+             "embeddings of uint16 are the bits of bfloat16; kernel=None takes the fastest.");
   module.def("kernel_names", &kernel_names, "Kernels that this processor runs, fastest first.");
 }

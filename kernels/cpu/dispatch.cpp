@@ -13,6 +13,8 @@ const std::vector<const Kernel*>& kernels() {
                         __builtin_cpu_supports("avx512vl");
     if (avx512) found.push_back(&avx512_kernel);
     if (avx2) found.push_back(&avx2_kernel);
+#elif defined(GEOENGINE_ARM_KERNELS)
+    found.push_back(&neon_kernel);
 #endif
     found.push_back(&portable_kernel);
     return found;

@@ -12,19 +12,28 @@ struct V {
   __m256 high;
 
   static V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-  static V load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-  static V load(const std::uint16_t* from) { return {load_eight(from), load_eight(from + 8)}; }
 
   template <class T>
+  static V load(const T* from) {
+    return {eight(from), eight(from + 8)};
+  }
+  template <class T>
   static V load(const T* from, std::int64_t count) {
-    alignas(32) T padded[kLanes] = {};
-    for (std::int64_t i = 0; i < count; ++i) padded[i] = from[i];
-    return load(padded);
+    return load(Padded<T>(from, count).values);
   }
 
  private:
-  static __m256 load_eight(const std::uint16_t* from) {
+  static __m256 eight(const float* from) { return _mm256_loadu_ps(from); }
+  static __m256 eight(const Half* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static __m256 eight(const BFloat16* from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static __m256 eight(const std::int8_t* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
   }
 };
 
@@ -39,6 +48,6 @@ float sum(V v) {
 
 }  // namespace
 
-const Kernel avx2_kernel = {"avx2", score_strip<V, float>, score_strip<V, std::uint16_t>};
+const Kernel avx2_kernel = make_kernel<V>("avx2");
 
 }  // namespace geoengine::cpu

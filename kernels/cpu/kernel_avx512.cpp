@@ -5,6 +5,8 @@
 namespace geoengine::cpu {
 namespace {
 
+__mmask16 first(std::int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
 struct V {
   static constexpr int rows = 4;
   static constexpr int queries = 4;
@@ -12,15 +14,27 @@ struct V {
 
   static V zero() { return {_mm512_setzero_ps()}; }
   static V load(const float* from) { return {_mm512_loadu_ps(from)}; }
-  static V load(const float* from, std::int64_t count) {
-    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from)};
-  }
-  static V load(const std::uint16_t* from) {
+  static V load(const float* from, std::int64_t count) { return {_mm512_maskz_loadu_ps(first(count), from)}; }
+  static V load(const Half* from) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
   }
-  static V load(const std::uint16_t* from, std::int64_t count) {
-    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from))};
+  static V load(const Half* from, std::int64_t count) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from))};
   }
+  static V load(const BFloat16* from) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+  static V load(const BFloat16* from, std::int64_t count) {
+    return wide(_mm256_maskz_loadu_epi16(first(count), from));
+  }
+  static V load(const std::int8_t* from) { return wide(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+  static V load(const std::int8_t* from, std::int64_t count) {
+    return wide(_mm_maskz_loadu_epi8(first(count), from));
+  }
+
+ private:
+  static V wide(__m256i bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  static V wide(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
 };
 
 V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
@@ -35,6 +49,6 @@ float sum(V v) {
 
 }  // namespace
 
-const Kernel avx512_kernel = {"avx512", score_strip<V, float>, score_strip<V, std::uint16_t>};
+const Kernel avx512_kernel = make_kernel<V>("avx512");
 
 }  // namespace geoengine::cpu

@@ -1,4 +1,3 @@
-#include "half.hpp"
 #include "tile.hpp"
 
 namespace geoengine::cpu {
@@ -10,8 +9,6 @@ struct V {
   float lanes[kLanes];
 
   static V zero() { return {}; }
-  static float widen(float value) { return value; }
-  static float widen(std::uint16_t value) { return half_to_float(value); }
 
   template <class T>
   static V load(const T* from, std::int64_t count = kLanes) {
@@ -36,6 +33,6 @@ float sum(V v) {
 
 }  // namespace
 
-const Kernel portable_kernel = {"portable", score_strip<V, float>, score_strip<V, std::uint16_t>};
+const Kernel portable_kernel = make_kernel<V>("portable");
 
 }  // namespace geoengine::cpu

@@ -8,13 +8,14 @@
 #include <cstdint>
 
 #include "kernel.hpp"
+#include "numbers.hpp"
 
 namespace geoengine::cpu {
 namespace {
 
 // R rows by Q queries in registers; row and query vectors are loaded once for R*Q products.
 template <class V, class T, int R, int Q, bool Squares>
-void score_tile(const T* const* rows, std::int64_t d, const float* queries, std::int64_t stride, float* products,
+void score_tile(const void* const* rows, std::int64_t d, const float* queries, std::int64_t stride, float* products,
                 std::int64_t products_stride, float* squares) {
   V product[R][Q];
   V square[R];
@@ -34,11 +35,11 @@ void score_tile(const T* const* rows, std::int64_t d, const float* queries, std:
   V row[R];
   std::int64_t column = 0;
   for (; column + kLanes <= d; column += kLanes) {
-    for (int r = 0; r < R; ++r) row[r] = V::load(rows[r] + column);
+    for (int r = 0; r < R; ++r) row[r] = V::load(static_cast<const T*>(rows[r]) + column);
     add(column, row);
   }
   if (column < d) {
-    for (int r = 0; r < R; ++r) row[r] = V::load(rows[r] + column, d - column);
+    for (int r = 0; r < R; ++r) row[r] = V::load(static_cast<const T*>(rows[r]) + column, d - column);
     add(column, row);
   }
   for (int r = 0; r < R; ++r) {
@@ -52,28 +53,38 @@ void score_strip(const Strip& strip) {
   constexpr int R = V::rows;
   constexpr int Q = V::queries;
   static_assert(kStrip % R == 0);
-  const T* const first = static_cast<const T*>(strip.rows);
   for (std::int64_t top = 0; top < strip.count; top += R) {
-    const T* rows[R];
-    for (std::int64_t r = 0; r < R; ++r) {  // the last tile repeats the last row
-      rows[r] = first + (top + r < strip.count ? top + r : strip.count - 1) * strip.d;
-    }
-    float* const products = strip.products + top * strip.m;
     const auto tile = [&](auto kernel, std::int64_t query) {
-      kernel(rows, strip.d, strip.queries + query * strip.stride, strip.stride, products + query, strip.m,
-             strip.squares + top);
+      kernel(strip.rows + top, strip.d, strip.queries + query * strip.stride, strip.stride,
+             strip.products + top * strip.m + query, strip.m, strip.squares + top);
     };
     std::int64_t query = 0;
-    if (strip.m >= Q) {
-      tile(score_tile<V, T, R, Q, true>, query);
-      query += Q;
-    } else {
-      tile(score_tile<V, T, R, 1, true>, query);
-      query += 1;
+    if (strip.squares != nullptr) {  // once a row, with the first queries
+      if (strip.m >= Q) {
+        tile(score_tile<V, T, R, Q, true>, query);
+        query += Q;
+      } else {
+        tile(score_tile<V, T, R, 1, true>, query);
+        query += 1;
+      }
     }
     for (; query + Q <= strip.m; query += Q) tile(score_tile<V, T, R, Q, false>, query);
     for (; query < strip.m; ++query) tile(score_tile<V, T, R, 1, false>, query);
   }
+}
+
+// Copies `count` values and pads with zeros, for instruction sets without masked loads.
+template <class T>
+struct Padded {
+  alignas(64) T values[kLanes] = {};
+  Padded(const T* from, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) values[i] = from[i];
+  }
+};
+
+template <class V>
+constexpr Kernel make_kernel(const char* name) {
+  return {name, score_strip<V, float>, score_strip<V, Half>, score_strip<V, BFloat16>, score_strip<V, std::int8_t>};
 }
 
 }  // namespace

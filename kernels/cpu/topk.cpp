@@ -5,12 +5,13 @@
 #include <cmath>
 #include <cstddef>
 #include <exception>
+#include <limits>
 #include <system_error>
 #include <thread>
 
 #include "best.hpp"
-#include "half.hpp"
 #include "kernel.hpp"
+#include "numbers.hpp"
 
 namespace geoengine::cpu {
 namespace {
@@ -33,6 +34,20 @@ struct PreparedQueries {
   std::vector<float> inverse_norm;  // of the scaled query; 0 for a zero query, so that its scores are 0
 };
 
+// Partial sums, so that the compiler may use vectors: the order of the additions is fixed.
+double squared_length(const float* query, std::int64_t d) {
+  constexpr std::int64_t kSums = 8;
+  double sums[kSums] = {};
+  std::int64_t c = 0;
+  for (; c + kSums <= d; c += kSums) {
+    for (std::int64_t i = 0; i < kSums; ++i) sums[i] += static_cast<double>(query[c + i]) * query[c + i];
+  }
+  for (std::int64_t i = 0; c + i < d; ++i) sums[i] += static_cast<double>(query[c + i]) * query[c + i];
+  double square = 0.0;
+  for (const double sum : sums) square += sum;
+  return square;
+}
+
 // Returns the first query that is not finite, or -1.
 std::int64_t prepare(const Queries& queries, std::int64_t d, PreparedQueries& out) {
   out.m = queries.m;
@@ -41,14 +56,13 @@ std::int64_t prepare(const Queries& queries, std::int64_t d, PreparedQueries& ou
   out.inverse_norm.assign(static_cast<std::size_t>(queries.m), 0.0f);
   for (std::int64_t j = 0; j < queries.m; ++j) {
     const float* const query = queries.data + j * d;
-    double square = 0.0;
-    for (std::int64_t c = 0; c < d; ++c) square += static_cast<double>(query[c]) * query[c];
+    const double square = squared_length(query, d);
     if (!std::isfinite(square)) return j;
     if (square == 0.0) continue;
     const int exponent = std::ilogb(std::sqrt(square));
-    for (std::int64_t c = 0; c < d; ++c) {
-      out.padded[static_cast<std::size_t>(j * out.stride + c)] = std::ldexp(query[c], -exponent);
-    }
+    const double scale = std::ldexp(1.0, -exponent);
+    float* const scaled = out.padded.data() + j * out.stride;
+    for (std::int64_t c = 0; c < d; ++c) scaled[c] = static_cast<float>(query[c] * scale);
     out.inverse_norm[static_cast<std::size_t>(j)] = static_cast<float>(std::ldexp(1.0, exponent) / std::sqrt(square));
   }
   return -1;
@@ -56,24 +70,55 @@ std::int64_t prepare(const Queries& queries, std::int64_t d, PreparedQueries& ou
 
 float clamp(float score) { return std::min(std::max(score, -1.0f), 1.0f); }
 
-// §2 Scan: each worker takes turns of consecutive rows and keeps its own k best per query.
+std::int64_t bytes_of(RowType type) {
+  switch (type) {
+    case RowType::f32:
+      return 4;
+    case RowType::i8:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+auto strip_function(const Kernel& kernel, RowType type) {
+  switch (type) {
+    case RowType::f32:
+      return kernel.f32;
+    case RowType::f16:
+      return kernel.f16;
+    case RowType::bf16:
+      return kernel.bf16;
+    default:
+      return kernel.i8;
+  }
+}
+
+template <class T>
+void widen_row(const void* row, double scale, std::vector<double>& values) {
+  for (std::size_t c = 0; c < values.size(); ++c) values[c] = scale * widen(static_cast<const T*>(row)[c]);
+}
+
+// §2 Scan: each worker takes turns of consecutive positions and keeps its own k best per query.
 struct Worker {
   std::vector<Best> best;       // [m]
   std::vector<float> products;  // [kStrip, max(m, 1)]
-  std::int64_t bad_row = -1;
+  std::vector<double> values;   // [d], where a row is computed in double
+  std::int64_t bad_position = -1;
   std::exception_ptr error;
 };
 
 class Scan {
  public:
-  Scan(const Kernel& kernel, const Rows& rows, const PreparedQueries& queries, std::int64_t k, std::int64_t threads)
-      : rows_(rows), queries_(queries), k_(k) {
-    score_strip_ = rows.type == RowType::f32 ? kernel.f32 : kernel.f16;
-    row_bytes_ = rows.d * (rows.type == RowType::f32 ? 4 : 2);
-    const std::int64_t strips = (rows.n + kStrip - 1) / kStrip;
+  Scan(const Kernel& kernel, const Rows& rows, const Candidates& candidates, const PreparedQueries& queries,
+       std::int64_t k, std::int64_t threads)
+      : rows_(rows), candidates_(candidates), queries_(queries), k_(k), score_strip_(strip_function(kernel, rows.type)) {
+    row_bytes_ = rows.stride * bytes_of(rows.type);
+    const std::int64_t strips = (candidates.count + kStrip - 1) / kStrip;
     const std::int64_t shares = (strips + threads - 1) / threads;
-    const std::int64_t fitting = kBytesPerTurn / std::max<std::int64_t>(kStrip * row_bytes_, 1);
-    rows_per_turn_ = kStrip * std::max<std::int64_t>(1, std::min(fitting, shares));
+    const std::int64_t strip_bytes = kStrip * rows.d * bytes_of(rows.type);
+    const std::int64_t fitting = kBytesPerTurn / std::max<std::int64_t>(strip_bytes, 1);
+    positions_per_turn_ = kStrip * std::max<std::int64_t>(1, std::min(fitting, shares));
   }
 
   // Threads end here, so nothing may escape. After an error no new turn starts, but turns begun are finished:
@@ -83,9 +128,9 @@ class Scan {
       worker.best.assign(static_cast<std::size_t>(queries_.m), Best(static_cast<std::size_t>(k_)));
       worker.products.resize(static_cast<std::size_t>(kStrip * std::max<std::int64_t>(queries_.m, 1)));
       while (!stopped_) {
-        const std::int64_t begin = next_row_.fetch_add(rows_per_turn_);
-        if (begin >= rows_.n) return;
-        if (!take_turn(worker, begin, std::min(begin + rows_per_turn_, rows_.n))) stopped_ = true;
+        const std::int64_t begin = next_position_.fetch_add(positions_per_turn_);
+        if (begin >= candidates_.count) return;
+        if (!take_turn(worker, begin, std::min(begin + positions_per_turn_, candidates_.count))) stopped_ = true;
       }
     } catch (...) {
       worker.error = std::current_exception();
@@ -93,19 +138,56 @@ class Scan {
     }
   }
 
+  bool exists(std::int64_t position) const { return number(position) >= 0 && number(position) < rows_.n; }
+
  private:
+  // The queries whose lists the positions from `begin` on belong to, and where they end.
+  struct Part {
+    std::int64_t begin;
+    std::int64_t end;
+    std::int64_t query;
+    std::int64_t queries;
+    std::int64_t list_begin;
+  };
+
   bool take_turn(Worker& worker, std::int64_t begin, std::int64_t end) const {
-    for (std::int64_t first = begin; first < end; first += kStrip) {
-      const std::int64_t count = std::min(kStrip, end - first);
-      float squares[kStrip];
-      score_strip_({row(first), count, rows_.d, queries_.padded.data(), std::max<std::int64_t>(queries_.m, 1),
-                    queries_.stride, worker.products.data(), squares});
-      for (std::int64_t r = 0; r < count; ++r) {
-        const bool trusted = squares[r] >= kSmallestSquare && std::isfinite(squares[r]);
-        if (trusted) {
-          offer(worker, first + r, worker.products.data() + r * queries_.m, 1.0f / std::sqrt(squares[r]));
-        } else if (!offer_in_double(worker, first + r)) {
-          worker.bad_row = first + r;
+    const std::int64_t* const segments = candidates_.segments;
+    if (segments == nullptr) return scan(worker, {begin, end, 0, queries_.m, 0});
+    std::int64_t query = std::upper_bound(segments, segments + queries_.m + 1, begin) - segments - 1;
+    for (; begin < end; ++query) {
+      const std::int64_t stop = std::min(end, segments[query + 1]);
+      if (begin < stop && !scan(worker, {begin, stop, query, 1, segments[query]})) return false;
+      begin = stop;
+    }
+    return true;
+  }
+
+  bool scan(Worker& worker, const Part& part) const {
+    float squares[kStrip];
+    Strip strip;
+    strip.d = rows_.d;
+    strip.queries = queries_.padded.data() + part.query * queries_.stride;
+    strip.m = std::max<std::int64_t>(part.queries, 1);  // rows are checked even where no query asks
+    strip.stride = queries_.stride;
+    strip.products = worker.products.data();
+    strip.squares = rows_.unit ? nullptr : squares;
+    for (std::int64_t first = part.begin; first < part.end; first += kStrip) {
+      strip.count = std::min(kStrip, part.end - first);
+      for (std::int64_t r = 0; r < kStrip; ++r) {
+        const std::int64_t position = first + std::min(r, strip.count - 1);
+        if (!exists(position)) {
+          worker.bad_position = position;
+          return false;
+        }
+        strip.rows[r] = row(position);
+      }
+      score_strip_(strip);
+      for (std::int64_t r = 0; r < strip.count; ++r) {
+        const float* const products = strip.products + r * strip.m;
+        const bool fine = rows_.unit ? offer_products(worker, part, first + r, products)
+                                     : offer_cosines(worker, part, first + r, products, squares[r]);
+        if (!fine) {
+          worker.bad_position = first + r;
           return false;
         }
       }
@@ -113,52 +195,102 @@ class Scan {
     return true;
   }
 
-  void offer(Worker& worker, std::int64_t number, const float* products, float inverse_norm) const {
-    for (std::int64_t j = 0; j < queries_.m; ++j) {
-      const auto query = static_cast<std::size_t>(j);
-      worker.best[query].offer(clamp(products[j] * inverse_norm * queries_.inverse_norm[query]), number);
+  // These return false when the row holds NaN or infinity.
+  bool offer_cosines(Worker& worker, const Part& part, std::int64_t position, const float* products,
+                     float square) const {
+    const float scale = rows_.type == RowType::i8 ? rows_.scales[number(position)] : 1.0f;
+    const bool trusted = square >= kSmallestSquare && std::isfinite(square) && std::isfinite(scale) && scale != 0.0f;
+    if (!trusted) {
+      double inverse_norm;
+      if (!widen_into(worker, position, inverse_norm)) return false;
+      for (std::int64_t j = 0; j < part.queries; ++j) {
+        const double score = in_double(worker, part.query + j) * inverse_norm;
+        offer(worker, part, j, position, clamp(static_cast<float>(score)));
+      }
+      return true;
     }
-  }
-
-  // Returns false when the row holds NaN or infinity.
-  bool offer_in_double(Worker& worker, std::int64_t number) const {
-    std::vector<double> values(static_cast<std::size_t>(rows_.d));
-    double square = 0.0;
-    for (std::int64_t c = 0; c < rows_.d; ++c) {
-      double& value = values[static_cast<std::size_t>(c)];
-      value = rows_.type == RowType::f32 ? static_cast<const float*>(row(number))[c]
-                                         : half_to_float(static_cast<const std::uint16_t*>(row(number))[c]);
-      square += value * value;
-    }
-    if (!std::isfinite(square)) return false;
-    const double inverse_norm = square > 0.0 ? 1.0 / std::sqrt(square) : 0.0;
-    for (std::int64_t j = 0; j < queries_.m; ++j) {
-      const auto query = static_cast<std::size_t>(j);
-      const float* const factors = queries_.padded.data() + j * queries_.stride;
-      double product = 0.0;
-      for (std::int64_t c = 0; c < rows_.d; ++c) product += values[static_cast<std::size_t>(c)] * factors[c];
-      const double score = product * inverse_norm * queries_.inverse_norm[query];
-      worker.best[query].offer(clamp(static_cast<float>(score)), number);
+    const float inverse_norm = std::copysign(1.0f / std::sqrt(square), scale);
+    for (std::int64_t j = 0; j < part.queries; ++j) {
+      const float inverse_query = queries_.inverse_norm[static_cast<std::size_t>(part.query + j)];
+      offer(worker, part, j, position, clamp(products[j] * inverse_norm * inverse_query));
     }
     return true;
   }
 
-  const void* row(std::int64_t number) const { return static_cast<const char*>(rows_.data) + number * row_bytes_; }
+  bool offer_products(Worker& worker, const Part& part, std::int64_t position, const float* products) const {
+    const float scale = rows_.type == RowType::i8 ? rows_.scales[number(position)] : 1.0f;
+    double inverse_norm;
+    if (part.queries == 0 && !std::isfinite(products[0] * scale)) return widen_into(worker, position, inverse_norm);
+    for (std::int64_t j = 0; j < part.queries; ++j) {
+      float score = products[j] * scale * queries_.inverse_norm[static_cast<std::size_t>(part.query + j)];
+      if (!std::isfinite(score)) {
+        if (!widen_into(worker, position, inverse_norm)) return false;
+        constexpr double kLargest = std::numeric_limits<float>::max();
+        score = static_cast<float>(std::clamp(in_double(worker, part.query + j), -kLargest, kLargest));
+      }
+      offer(worker, part, j, position, score);
+    }
+    return true;
+  }
+
+  void offer(Worker& worker, const Part& part, std::int64_t j, std::int64_t position, float score) const {
+    worker.best[static_cast<std::size_t>(part.query + j)].offer(score, position - part.list_begin);
+  }
+
+  bool widen_into(Worker& worker, std::int64_t position, double& inverse_norm) const {
+    worker.values.resize(static_cast<std::size_t>(rows_.d));
+    switch (rows_.type) {
+      case RowType::f32:
+        widen_row<float>(row(position), 1.0, worker.values);
+        break;
+      case RowType::f16:
+        widen_row<Half>(row(position), 1.0, worker.values);
+        break;
+      case RowType::bf16:
+        widen_row<BFloat16>(row(position), 1.0, worker.values);
+        break;
+      case RowType::i8:
+        widen_row<std::int8_t>(row(position), rows_.scales[number(position)], worker.values);
+        break;
+    }
+    double square = 0.0;
+    for (const double value : worker.values) square += value * value;
+    inverse_norm = square > 0.0 ? 1.0 / std::sqrt(square) : 0.0;
+    return std::isfinite(square);
+  }
+
+  // The product of the row in `values` and the query of length 1.
+  double in_double(const Worker& worker, std::int64_t query) const {
+    const float* const factors = queries_.padded.data() + query * queries_.stride;
+    double product = 0.0;
+    for (std::size_t c = 0; c < worker.values.size(); ++c) product += worker.values[c] * factors[c];
+    return product * queries_.inverse_norm[static_cast<std::size_t>(query)];
+  }
+
+  std::int64_t number(std::int64_t position) const {
+    return candidates_.rows != nullptr ? candidates_.rows[position] : position;
+  }
+
+  const void* row(std::int64_t position) const {
+    return static_cast<const char*>(rows_.data) + number(position) * row_bytes_;
+  }
 
   const Rows& rows_;
+  const Candidates& candidates_;
   const PreparedQueries& queries_;
   std::int64_t k_;
   void (*score_strip_)(const Strip&);
   std::int64_t row_bytes_;
-  std::int64_t rows_per_turn_;
-  std::atomic<std::int64_t> next_row_{0};
+  std::int64_t positions_per_turn_;
+  std::atomic<std::int64_t> next_position_{0};
   std::atomic<bool> stopped_{false};
 };
 
-std::int64_t choose_threads(const Rows& rows, std::int64_t m, std::int64_t asked) {
-  const std::int64_t strips = std::max<std::int64_t>((rows.n + kStrip - 1) / kStrip, 1);
+std::int64_t choose_threads(const Rows& rows, const Candidates& candidates, std::int64_t m, std::int64_t asked) {
+  const std::int64_t strips = std::max<std::int64_t>((candidates.count + kStrip - 1) / kStrip, 1);
   if (asked > 0) return std::min(asked, strips);
-  const double products = static_cast<double>(rows.n) * static_cast<double>(rows.d) * static_cast<double>(m);
+  const double pairs = static_cast<double>(candidates.count) * static_cast<double>(candidates.segments ? 1 : m);
+  const double products = pairs * static_cast<double>(rows.d);
   if (products < 2 * kProductsPerThread) return 1;
   const double cores = std::max(1u, std::thread::hardware_concurrency());
   return static_cast<std::int64_t>(std::min({products / kProductsPerThread, cores, static_cast<double>(strips)}));
@@ -190,31 +322,35 @@ void merge(const std::vector<Worker>& workers, const Queries& queries) {
     }
     keep_best(scored, static_cast<std::size_t>(queries.k));
     std::sort(scored.begin(), scored.end(), better);
-    for (std::int64_t i = 0; i < queries.k; ++i) {
-      queries.scores[j * queries.k + i] = scored[static_cast<std::size_t>(i)].score;
-      queries.indices[j * queries.k + i] = scored[static_cast<std::size_t>(i)].row;
+    const std::size_t place = static_cast<std::size_t>(j * queries.k);
+    const std::size_t k = static_cast<std::size_t>(queries.k);
+    for (std::size_t i = 0; i < k; ++i) {
+      const bool filled = i < scored.size();
+      queries.scores[place + i] = filled ? scored[i].score : -std::numeric_limits<float>::infinity();
+      queries.indices[place + i] = filled ? scored[i].row : -1;
     }
   }
 }
 
 }  // namespace
 
-Outcome cosine_topk(const Kernel& kernel, const Rows& rows, const Queries& queries, std::int64_t threads) {
+Outcome cosine_topk(const Kernel& kernel, const Rows& rows, const Candidates& candidates, const Queries& queries,
+                    std::int64_t threads) {
   PreparedQueries prepared;
   const std::int64_t bad_query = prepare(queries, rows.d, prepared);
   if (bad_query >= 0) return {Status::bad_query, bad_query};
-  if (rows.n == 0) return {Status::ok, 0};
+  if (candidates.count == 0) return {Status::ok, 0};
 
-  std::vector<Worker> workers(static_cast<std::size_t>(choose_threads(rows, queries.m, threads)));
-  Scan scan(kernel, rows, prepared, queries.k, static_cast<std::int64_t>(workers.size()));
+  std::vector<Worker> workers(static_cast<std::size_t>(choose_threads(rows, candidates, queries.m, threads)));
+  Scan scan(kernel, rows, candidates, prepared, queries.k, static_cast<std::int64_t>(workers.size()));
   run(scan, workers);
 
-  std::int64_t bad_row = rows.n;
+  std::int64_t bad = candidates.count;
   for (const Worker& worker : workers) {
     if (worker.error) std::rethrow_exception(worker.error);
-    if (worker.bad_row >= 0) bad_row = std::min(bad_row, worker.bad_row);
+    if (worker.bad_position >= 0) bad = std::min(bad, worker.bad_position);
   }
-  if (bad_row < rows.n) return {Status::bad_row, bad_row};
+  if (bad < candidates.count) return {scan.exists(bad) ? Status::bad_row : Status::no_such_row, bad};
   merge(workers, queries);
   return {Status::ok, 0};
 }

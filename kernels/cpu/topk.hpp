@@ -7,17 +7,32 @@
 
 namespace geoengine::cpu {
 
-enum class RowType { f32, f16 };
+enum class RowType { f32, f16, bf16, i8 };
 
-// A C-contiguous n x d matrix.
+// An n x d matrix whose rows begin `stride` elements apart. Rows of type i8 have a scale each: row i is
+// scales[i] * values. Where `unit` is set the caller vouches for length 1, and scores are products, not cosines.
 struct Rows {
   const void* data;
   RowType type;
   std::int64_t n;
   std::int64_t d;
+  std::int64_t stride;
+  const float* scales;
+  bool unit;
 };
 
-// m x d queries in; m x k scores and row numbers out, best first, ties by lower row number. 1 <= k <= n, or n == k == 0.
+// Which rows are scored. `rows` are `count` row numbers, or null: all rows in order, and count == n. `segments` are
+// m + 1 ascending positions from 0 to count, query j's list lying between the j-th and the next; or null: one list
+// for all queries. `longest` is the length of the longest list.
+struct Candidates {
+  const std::int64_t* rows;
+  std::int64_t count;
+  const std::int64_t* segments;
+  std::int64_t longest;
+};
+
+// m x d queries in; m x k scores and positions in the query's list out, best first, ties by lower position. k <=
+// `longest`, and 1 <= k where there is anything to score; a shorter list is filled with -infinity and -1.
 struct Queries {
   const float* data;
   std::int64_t m;
@@ -26,11 +41,12 @@ struct Queries {
   std::int64_t* indices;
 };
 
-// What went wrong: `row` of the named matrix holds NaN or infinity, and nothing was written.
-enum class Status { ok, bad_query, bad_row };
+// What went wrong: query `where`, or the row at position `where` of the candidates, holds NaN or infinity, or the row
+// number there does not exist. Nothing was written.
+enum class Status { ok, bad_query, bad_row, no_such_row };
 struct Outcome {
   Status status;
-  std::int64_t row;
+  std::int64_t where;
 };
 
 struct Kernel;
@@ -40,7 +56,8 @@ const std::vector<const Kernel*>& kernels();
 std::string name(const Kernel& kernel);
 
 // threads == 0 chooses: the calling thread alone when starting others would cost more than it saves.
-// The answer does not depend on threads, on the kernel, or on which other queries are in the call.
-Outcome cosine_topk(const Kernel& kernel, const Rows& rows, const Queries& queries, std::int64_t threads);
+// A score does not depend on threads, on the kernel, or on what else is in the call.
+Outcome cosine_topk(const Kernel& kernel, const Rows& rows, const Candidates& candidates, const Queries& queries,
+                    std::int64_t threads);
 
 }  // namespace geoengine::cpu
