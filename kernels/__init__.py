@@ -29,19 +29,19 @@ def cosine_topk(
     `embeddings` is [n, d] and `queries` is [m, d], float32 or float16; rows may have any length, not only 1.
     Products are accumulated in float32. Returns `scores` float32[m, k'] in [-1, 1] and `indices` int64[m, k']
     with k' = min(k, n), best first; equal scores are ordered by the lower index. A row or a query of zeros
-    scores 0. With `normalized`, the caller vouches that every row has length 1 and its length is not computed:
-    scores are products with the query of length 1, as they come out.
+    scores 0. With `normalized`, the caller vouches that every row has length 1 and its length is not
+    computed: scores are products with the query of length 1, as they come out.
 
     `rows`, int64 or int32 [r], names the rows that are scored, in any order, some of them twice perhaps. With
     `segments`, int64 or int32 [m + 1] rising from 0 to r, query i is scored against its own list alone,
-    `rows[segments[i]:segments[i + 1]]`, or against those rows of `embeddings` themselves where `rows` is None.
-    Indices are then positions in the query's list, from 0; ties go to the lower position; k' is min(k, the
-    length of the longest list), and a shorter list is filled with score -inf and index -1.
+    `rows[segments[i]:segments[i + 1]]`, or against those rows of `embeddings` themselves where `rows` is
+    None. Indices are then positions in the query's list, from 0; ties go to the lower position; k' is min(k,
+    the length of the longest list), and a shorter list is filled with score -inf and index -1.
 
     `out` is a tuple of C-contiguous arrays (scores, indices) to write to, returned again.
 
-    `threads` is the number of threads; None starts more than one only when there is enough to do. A score is
-    the same, bit for bit, for any number of threads, any other queries or rows in the call, and any processor.
+    `threads` is the number of threads; None starts more than one only when there is enough to do. A score
+    is the same, bit for bit, for any number of threads, any company in the call, and any processor.
 
     Embeddings are read where they are (memory-mapped ones too): rows may lie apart, but the values of a row
     must lie side by side. The GIL is released while it runs: do not change the arrays meanwhile.

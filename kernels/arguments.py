@@ -106,9 +106,9 @@ def _ready_rows(table: Rows) -> Rows:
     row_after_row = n <= 1 or (table.strides[0] >= d * size and table.strides[0] % size == 0)
     if not (side_by_side and row_after_row and table.flags.aligned):
         raise ValueError(
-            "embeddings must be aligned, with values side by side in a row and each row after the one before, "
-            f"got shape {table.shape} with strides of {table.strides} bytes: they are not copied unasked, so "
-            "pass numpy.ascontiguousarray(embeddings)"
+            "embeddings must be aligned, with values side by side in a row and each row after the one "
+            f"before, got shape {table.shape} with strides of {table.strides} bytes: they are not copied "
+            "unasked, so pass numpy.ascontiguousarray(embeddings)"
         )
     return table
 
@@ -128,7 +128,8 @@ def _check_rows(rows: npt.NDArray[np.int64], n: int) -> None:
     if outside.size:
         position = int(outside[0])
         raise IndexError(
-            f"rows must be row numbers of embeddings, in [0, {n}), got {rows[position]} at position {position}"
+            f"rows must be row numbers of embeddings, in [0, {n}), "
+            f"got {rows[position]} at position {position}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Cosine top-k over lists of rows: `rows` and `segments`, rows of length 1, and answers into the caller's arrays."""
+"""Cosine top-k over lists of rows, over rows of length 1, and into the caller's arrays."""
 
 import numpy as np
 import pytest
@@ -192,5 +192,5 @@ def test_a_row_number_past_many_good_ones_is_named_by_any_number_of_threads():
     rows = np.zeros(50_000, np.int64)
     rows[40_001:] = 10
     for threads in (None, 1, 4):
-        with pytest.raises(IndexError, match="got 10 at position 40001$"):
+        with pytest.raises(IndexError, match=r"got 10 at position 40001$"):
             cosine_topk(embeddings, embeddings[:1], 3, rows=rows, threads=threads)

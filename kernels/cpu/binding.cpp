@@ -194,7 +194,8 @@ PYBIND11_MODULE(_topk_cpu, module, py::mod_gil_not_used()) {
   module.doc() = "Cosine top-k on the CPU; call it through geoengine.kernels.";
   module.def("cosine_topk", &cosine_topk, py::arg("embeddings"), py::arg("queries"), py::arg("k"),
              py::arg("rows") = py::none(), py::arg("segments") = py::none(), py::arg("normalized") = false,
-             py::arg("out") = py::none(), py::arg("threads") = py::none(), py::arg("scales") = py::none(), py::arg("bfloat16") = false, py::arg("kernel") = py::none(),
+             py::arg("out") = py::none(), py::arg("threads") = py::none(),
+             py::arg("scales") = py::none(), py::arg("bfloat16") = false, py::arg("kernel") = py::none(),
              "Arrays that are ready in, scores and indices out, or None where something is not ready; with bfloat16, "
              "embeddings of uint16 are the bits of bfloat16; kernel=None takes the fastest.");
   module.def("kernel_names", &kernel_names, "Kernels that this processor runs, fastest first.");

@@ -112,7 +112,11 @@ class Scan {
  public:
   Scan(const Kernel& kernel, const Rows& rows, const Candidates& candidates, const PreparedQueries& queries,
        std::int64_t k, std::int64_t threads)
-      : rows_(rows), candidates_(candidates), queries_(queries), k_(k), score_strip_(strip_function(kernel, rows.type)) {
+      : rows_(rows),
+        candidates_(candidates),
+        queries_(queries),
+        k_(k),
+        score_strip_(strip_function(kernel, rows.type)) {
     row_bytes_ = rows.stride * bytes_of(rows.type);
     const std::int64_t strips = (candidates.count + kStrip - 1) / kStrip;
     const std::int64_t shares = (strips + threads - 1) / threads;
