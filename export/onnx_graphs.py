@@ -1,4 +1,4 @@
-"""Trunks and heads as ONNX files: stable weight names, dynamic batch, weights that several trunks share.
+"""Trunks and heads as ONNX files: stable weight names, dynamic batch, weights that several graphs share.
 
 A graph is drawn once from a template whose weights are random, because the exporter merges equal weights and
 renames them; then the real weights are filled in by name, for as many files as there are encoders.
@@ -9,71 +9,70 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from geoengine.engine.errors import ExportError
-from geoengine.export.model import Head, Trunk, Weights, folded_weights
+from geoengine.engine.manifest import Variant
+from geoengine.export.model import Head, Trunk, Weights, in_variant, parts
+from geoengine.export.weight_file import WeightFile
 
-OPSET = 18  # LayerNormalization is one node from 17 on; every backend reads 18
+OPSETS = {Variant.fp32: 18, Variant.fp16: 18, Variant.fp16_attention: 23}
+"""The variants that are written here. LayerNormalization is one node from 17 on, Attention from 23 on."""
+
 MAX_BATCH = 4096  # with CLIP's 50 tokens, above about 14 000 tensors pass 2**31 elements
-_PAGE_BYTES = 4096  # external tensors start on a page, so that they can be mapped into memory
+_SMALL_BYTES = 1024  # tensors under this size stay inside the graph
 
 
-@dataclass(frozen=True, slots=True)
-class _Region:
-    """Where a tensor lies in the shared weight file."""
+def write_trunks(trunks: Mapping[int, Trunk], folder: Path, *, variant: Variant) -> dict[int, Path]:
+    """Write a trunk file per picture side, `trunk.<side>.<variant>.onnx`, beside `trunk.weights`.
 
-    offset: int
-    length: int
-
-
-def write_trunks(trunks: Mapping[int, Trunk], folder: Path, *, precision: str) -> dict[int, Path]:
-    """Write a trunk file per picture side, `trunk.<side>.<precision>.onnx`, beside one file of weights.
-
-    All `trunks` must hold the same weights but for the resize. Returns the paths of the ONNX files by side.
+    All `trunks` are float32 and hold the same weights but for the resize. What other graphs have already put
+    into the weight file is used again. Returns the paths of the ONNX files by side. Raises ExportError for
+    weights that the variant cannot hold.
     """
-    location = f"trunk.{precision}.weights"
-    regions: dict[str, _Region] = {}
+    weights = WeightFile(folder / "trunk.weights")
     paths = {}
     for side, trunk in trunks.items():
-        pixels = torch.zeros((2, side, side, 3), dtype=torch.uint8)
-        model = _draw(trunk, pixels, "pixels", "tokens")
-        _fill(model, trunk)
-        _move_weights(model, folder / location, regions)
-        paths[side] = folder / f"trunk.{side}.{precision}.onnx"
-        _save(model, paths[side])
+        module = in_variant(trunk, variant)
+        model = _draw(module, torch.zeros((2, side, side, 3), dtype=torch.uint8), variant)
+        paths[side] = folder / f"trunk.{side}.{variant}.onnx"
+        _save(model, module, weights, paths[side])
     return paths
 
 
-def write_heads(heads: Iterable[tuple[str, Head]], folder: Path, *, precision: str) -> dict[str, Path]:
-    """Write a file per encoder, `head_<encoder>.<precision>.onnx`; all must be of one architecture.
+def write_heads(heads: Iterable[tuple[str, Head]], folder: Path, *, variant: Variant) -> dict[str, Path]:
+    """Write a file per encoder, `head_<encoder>.<variant>.onnx`, beside `head_<encoder>.weights`.
 
-    `heads` gives encoder names and their heads, one at a time. Returns the paths by encoder.
+    `heads` gives encoder names and their float32 heads, one at a time; all must be of one architecture. What
+    other graphs have already put into the weight files is used again. Returns the paths by encoder. Raises
+    ExportError for weights that the variant cannot hold.
     """
     drawn = None
     paths = {}
     for encoder, head in heads:
+        module = in_variant(head, variant)
         if drawn is None:
-            drawn = _draw(head, torch.zeros((2, head.tokens, head.width)), "tokens", "embedding")
-        model = drawn.clone()
-        _fill(model, head)
-        paths[encoder] = folder / f"head_{encoder}.{precision}.onnx"
-        _save(model, paths[encoder])
+            drawn = _draw(module, torch.zeros((2, head.tokens, head.width)), variant)
+        paths[encoder] = folder / f"head_{encoder}.{variant}.onnx"
+        _save(drawn.clone(), module, WeightFile(folder / f"head_{encoder}.weights"), paths[encoder])
     return paths
 
 
-def _draw(module: Weights, sample: torch.Tensor, input_name: str, output_name: str) -> ir.Model:
+def _draw(module: Trunk | Head, sample: torch.Tensor, variant: Variant) -> ir.Model:
     """Trace the module with a dynamic batch; the result's weights are random, its names are the module's."""
-    template = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
-    for parameter in template.parameters():
-        parameter.data = torch.rand(parameter.shape, generator=generator) + 0.5
+    random = {
+        id(parameter): nn.Parameter(
+            (torch.rand(parameter.shape, generator=generator) + 0.5).to(parameter.dtype), requires_grad=False
+        )
+        for parameter in module.parameters()
+    }
+    template = copy.deepcopy(module, random)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's dependencies warn of their own coming changes
@@ -81,9 +80,9 @@ def _draw(module: Weights, sample: torch.Tensor, input_name: str, output_name: s
             template,
             (sample,),
             dynamo=True,
-            opset_version=OPSET,
-            input_names=[input_name],
-            output_names=[output_name],
+            opset_version=OPSETS[variant],
+            input_names=[module.input_name],
+            output_names=[module.output_name],
             dynamic_shapes=({0: batch},),
             verbose=False,
         )
@@ -109,17 +108,28 @@ def _strip(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
+def _save(model: ir.Model, module: Weights, weights: WeightFile, path: Path) -> None:
+    _fill(model, module)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= _SMALL_BYTES and not name.startswith("resize_"):
+            value.const_value = weights.place(tensor)
+    ir.save(model, path)
+    check_graph(path)
+
+
 def _fill(model: ir.Model, module: Weights) -> None:
     """Put the module's weights into the drawn graph; matrices that float16 holds exactly are stored so."""
-    folded = folded_weights(module)
-    for name, parameter in module.named_parameters():
-        source, scale = folded.get(name, (parameter.data, None))
-        value = model.graph.initializers[name]
-        small = _half(source) if source.ndim > 1 else None
-        if small is None:
-            value.const_value = ir.Tensor(parameter.data.numpy(), name=name)
-        else:
-            _store_half(model.graph, value, small, scale)
+    for prefix, part in parts(module):
+        for name, parameter in part.named_parameters(recurse=False):
+            value = model.graph.initializers[prefix + name]
+            source, scale = part.folded.get(name, (parameter.data, None))
+            full = parameter.dtype == torch.float32 and source.ndim > 1
+            small = _half(source) if full else None
+            if small is None:
+                value.const_value = ir.Tensor(parameter.data.numpy(), name=value.name)
+            else:
+                _store_half(model.graph, value, small, scale)
 
 
 def _store_half(graph: ir.Graph, value: ir.Value, small: torch.Tensor, scale: torch.Tensor | None) -> None:
@@ -152,39 +162,6 @@ def _half(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the tensor as float16, or None where that would change a value."""
     small = tensor.half()
     return small if torch.equal(small.float(), tensor) else None
-
-
-def _move_weights(model: ir.Model, file: Path, regions: dict[str, _Region]) -> None:
-    """Let the graph's weights point into `file`, appending what `regions` lacks; resizes stay inside."""
-    for name, value in sorted(model.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or name.startswith("resize_") or tensor.nbytes < 1024:
-            continue
-        if name not in regions:
-            regions[name] = _append(file, tensor.numpy())
-        value.const_value = ir.ExternalTensor(
-            file.name,
-            regions[name].offset,
-            regions[name].length,
-            tensor.dtype,
-            shape=ir.Shape(tensor.numpy().shape),
-            name=name,
-            base_dir=file.parent,
-        )
-
-
-def _append(file: Path, values: np.ndarray) -> _Region:
-    data = np.ascontiguousarray(values)
-    with open(file, "ab") as stream:
-        stream.write(b"\0" * (-stream.tell() % _PAGE_BYTES))
-        offset = stream.tell()
-        stream.write(data.tobytes())
-    return _Region(offset, data.nbytes)
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    ir.save(model, path)
-    check_graph(path)
 
 
 def check_graph(path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from geoengine.engine.backends import open_backend
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BundleError, ExportError, MissingExtraError
+from geoengine.engine.manifest import Variant
 from geoengine.export import build, encoders, onnx_graphs, parity
 from geoengine.export.build import BuildConfig, build_engines, verify_bundle
 from geoengine.export.model import Head
@@ -62,13 +63,13 @@ def reuse(monkeypatch, built):
     def copy(folder: Path, start: str) -> list[Path]:
         return [Path(shutil.copy(file, folder)) for file in source.iterdir() if file.name.startswith(start)]
 
-    def write_trunks(trunks, folder, precision):
+    def write_trunks(trunks, folder, variant):
         files = copy(folder, "trunk")
-        return {side: next(f for f in files if f".{side}." in f.name) for side in trunks}
+        return {side: next(f for f in files if f".{side}.fp32.onnx" in f.name) for side in trunks}
 
-    def write_heads(heads, folder, precision):
+    def write_heads(heads, folder, variant):
         files = copy(folder, "head_")
-        return {name: next(f for f in files if name in f.name) for name, _ in heads}
+        return {name: next(f for f in files if f"{name}.fp32.onnx" in f.name) for name, _ in heads}
 
     monkeypatch.setattr(onnx_graphs, "write_trunks", write_trunks)
     monkeypatch.setattr(onnx_graphs, "write_heads", write_heads)
@@ -135,7 +136,7 @@ def test_trunks_share_their_weights_stored_as_half(built):
         graph = onnx.load(folder / f"trunk.{side}.fp32.onnx", load_external_data=False).graph
         external = {t.name: t for t in graph.initializer if t.external_data}
         assert {e.value for t in external.values() for e in t.external_data if e.key == "location"} == {
-            "trunk.fp32.weights"
+            "trunk.weights"
         }
         regions.append({n: [(e.key, e.value) for e in t.external_data] for n, t in external.items()})
         half = {name for name, t in external.items() if t.data_type == onnx.TensorProto.FLOAT16}
@@ -159,7 +160,8 @@ def test_a_build_of_fewer_levels_writes_the_same_bytes(built, tmp_path):
     config = BuildConfig(encoder_folder=built[0] / "set", out=tmp_path / "b", levels=(6,))
     build_engines(config)
     ours, theirs = digests(tmp_path / "b"), digests(built[0] / "bundle")
-    assert set(theirs) - set(ours) == {"onnx/head_z04.fp32.onnx", "onnx/trunk.24.fp32.onnx"}
+    left_out = {"onnx/head_z04.fp32.onnx", "onnx/head_z04.weights", "onnx/trunk.24.fp32.onnx"}
+    assert set(theirs) - set(ours) == left_out
     assert all(ours[name] == theirs[name] for name in ours if name != "manifest.json")
 
 
@@ -167,7 +169,7 @@ def test_weights_that_half_cannot_hold_stay_full(tmp_path):
     torch.manual_seed(1)
     tower = VISION.build()
     head = Head(tower, trunk_layers=2)
-    files = onnx_graphs.write_heads([("photo", head)], tmp_path, precision="fp32")
+    files = onnx_graphs.write_heads([("photo", head)], tmp_path, variant=Variant.fp32)
     graph = onnx.load(files["photo"]).graph
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     for name, parameter in head.named_parameters():
@@ -246,9 +248,9 @@ def test_verify_accepts_a_good_bundle_and_finds_damage(built, tmp_path):
     assert found == pytest.approx(recorded)
     assert report.bytes == built[1].bytes
     shutil.copytree(built[0] / "bundle", tmp_path / "out")
-    weights = tmp_path / "out" / "onnx" / "trunk.fp32.weights"
+    weights = tmp_path / "out" / "onnx" / "trunk.weights"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    with pytest.raises(BundleError, match=r"trunk\.fp32\.weights is damaged"):
+    with pytest.raises(BundleError, match=r"trunk\.weights is damaged"):
         verify_bundle(tmp_path / "out")
     with pytest.raises(BundleError, match="no engine bundle"):
         verify_bundle(tmp_path)
