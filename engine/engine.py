@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from geoengine.engine.backends import Backend, open_backend
 from geoengine.engine.bundle import EngineBundle, resolve_bundle
 from geoengine.engine.errors import BundleError, SourceError, TileError
-from geoengine.engine.manifest import PHOTO, encoder_name
+from geoengine.engine.manifest import PHOTO, Manifest, encoder_name
 from geoengine.engine.photos import Photo, read_photo
-from geoengine.engine.preprocess import center_square
+from geoengine.engine.preprocess import to_square
 from geoengine.engine.results import Candidate, Level, Location, ScoredTile
 from geoengine.engine.search import Progress, SearchConfig, search
 from geoengine.engine.sources import TileSource, open_source
@@ -123,7 +123,7 @@ class GeoEngine:
             raise TypeError(f"locate takes a list of photos, got one {type(photos).__name__}")
         self._check_levels(config.levels)
         start = time.perf_counter()
-        read = [self._read(photo) for photo in photos]
+        read = [self.prepare(photo) for photo in photos]
         embeddings = self.embed_photos(read)
         found = search(embeddings, self.source, self.backend, config, progress=progress)
         seconds = (time.perf_counter() - start) / max(1, len(read))
@@ -131,18 +131,18 @@ class GeoEngine:
             self._location(photo, levels, config, seconds) for photo, levels in zip(read, found, strict=True)
         ]
 
-    def _read(self, photo: PhotoSource) -> Photo:
-        """Read a photo and keep only what the encoder sees: many photos in one call stay small."""
+    def prepare(self, photo: PhotoSource) -> Photo:
+        """Read a photo and keep only the square that the encoder sees: many that wait stay small."""
         whole = photo if isinstance(photo, Photo) else read_photo(photo)
-        return Photo(whole.name, center_square(whole.pixels, self.bundle.image_size))
+        size, mode = self.bundle.image_size, self.bundle.manifest.resize_mode
+        return Photo(whole.name, to_square(whole.pixels, size, mode))
 
     def embed_photos(self, photos: Sequence[Photo]) -> NDArray[np.float32]:
         """Return the photo encoder's unit embeddings, float32[n, d], in the order of the photos."""
-        size = self.bundle.image_size
         embeddings = np.empty((len(photos), self.bundle.embed_dim), dtype=np.float32)
         for start in range(0, len(photos), _PHOTO_CHUNK):
             chunk = photos[start : start + _PHOTO_CHUNK]
-            squares = np.stack([center_square(photo.pixels, size) for photo in chunk])
+            squares = np.stack([self.prepare(photo).pixels for photo in chunk])
             embeddings[start : start + len(chunk)] = self.backend.encode(PHOTO, squares)
         return embeddings
 
@@ -184,9 +184,16 @@ class GeoEngine:
             k=config.k,
             tiles=self.source.name,
             attribution=self.source.attribution,
-            model=f"{manifest.model}/{manifest.pretrained}",
+            model=model_name(manifest),
             seconds=seconds,
         )
+
+
+def model_name(manifest: Manifest) -> str:
+    """Return what results call the encoders; random ones are never to be taken for trained ones."""
+    if manifest.pretrained == "none":
+        return f"{manifest.model} with random weights, for timing only"
+    return f"{manifest.model}/{manifest.pretrained}"
 
 
 def softmax_shares(level: Level, logit_scale: float) -> NDArray[np.float64]:

@@ -41,6 +41,11 @@ def encoder_name(zoom: int) -> str:
     return f"z{zoom:02d}"
 
 
+def precision_of(variant: Variant) -> str:
+    """Return the precision of a variant's matrix products, as `build-engines --precision` takes it."""
+    return variant.split("-")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class BundleFile:
     """Size and SHA-256 (lower-case hex) of one file of a bundle."""
@@ -68,7 +73,9 @@ class Manifest:
     `image_size` is the side in pixels that the encoders work at, and `resize_mode` (one of `RESIZE_MODES`)
     how a photo is brought to it; `mean` and `std` are per RGB channel on a 0 to 1 scale and are already part
     of the graphs. `logit_scale` maps map encoder names to the factor on their cosines in a softmax. `graphs`
-    has the variants, `files` maps every path but the manifest's to its checksum. `tools` (versions) and
+    has the variants, `preferred` the one that was faster when the bundle was built, by backend, where that
+    was measured. `files` maps every path but the manifest's to its checksum. `weights` is the SHA-256 of the
+    encoders' float32 weights. `tools` (versions) and
     `parity` (figures against PyTorch, per variant and encoder) are for people and are not interpreted.
     """
 
@@ -85,6 +92,8 @@ class Manifest:
     resize_mode: str
     logit_scale: Mapping[str, float]
     graphs: Mapping[Variant, Graphs]
+    preferred: Mapping[str, Variant]
+    weights: str
     files: Mapping[str, BundleFile]
     tools: Mapping[str, Any]
     parity: Mapping[str, Any]
@@ -115,6 +124,8 @@ class Manifest:
             resize_mode=fields.text("resize_mode"),
             logit_scale={k: _number(v, "logit_scale") for k, v in fields.mapping("logit_scale").items()},
             graphs={_variant(name): _graphs(entry) for name, entry in fields.mapping("graphs").items()},
+            preferred={name: _variant(value) for name, value in fields.mapping("preferred").items()},
+            weights=fields.text("weights"),
             files={_path(path, "files"): _file(entry) for path, entry in fields.mapping("files").items()},
             tools=fields.mapping("tools"),
             parity=fields.mapping("parity"),
@@ -205,11 +216,11 @@ def _number(value: object, name: str) -> float:
     return float(value)
 
 
-def _variant(name: str) -> Variant:
+def _variant(name: object) -> Variant:
     try:
-        return Variant(name)
+        return Variant(_typed(name, str, "a variant"))
     except ValueError:
-        raise ValueError(f'"graphs" has an unknown variant {name!r:.40}: update geoengine') from None
+        raise ValueError(f"unknown variant {name!r:.40}: update geoengine") from None
 
 
 def _graphs(value: object) -> Graphs:

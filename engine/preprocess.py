@@ -6,19 +6,25 @@ import numpy.typing as npt
 _LONGEST_RATIO = 64
 
 
-def center_square(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """Scale the shorter side of an image to `size` pixels and cut out the square in the middle.
+def to_square(
+    pixels: npt.NDArray[np.uint8], size: int, resize_mode: str = "shortest"
+) -> npt.NDArray[np.uint8]:
+    """Bring an image to `size` x `size` pixels: its middle ("shortest"), or all of it distorted ("squash").
 
-    `pixels` is uint8[H, W, 3], the result uint8[size, size, 3]. It is what open_clip's transform does to a
+    `pixels` is uint8[H, W, 3], the result uint8[size, size, 3]. "shortest" scales the shorter side to `size`
+    and cuts out the square in the middle. It is what open_clip's transform of that resize mode does to a
     Pillow image, bit for bit: torchvision's `Resize(size, BICUBIC)`, whose filter is Pillow's antialiased
-    one, then `CenterCrop(size)`. An image more than 64 times as long as wide is first cut to that ratio
-    around its middle, since the resized whole could take gigabytes; there the result may be shifted by up to
-    one pixel. Raises ValueError when `pixels` has another dtype or shape.
+    one, then `CenterCrop(size)`; or `Resize((size, size), BICUBIC)`. For "shortest", an
+    image more than 64 times as long as wide is first cut to that ratio around its middle, since the resized
+    whole could take gigabytes; there the result may be shifted by up to one pixel. Raises ValueError when
+    `pixels` has another dtype or shape.
     """
     from PIL import Image
 
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise ValueError(f"pixels must be uint8 of shape (H, W, 3); got {pixels.dtype} {pixels.shape}")
+    if resize_mode == "squash":
+        return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
     pixels = _without_far_ends(pixels)
     height, width = pixels.shape[:2]
     short = min(height, width)

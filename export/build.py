@@ -6,33 +6,42 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoengine.engine.backends import ONNXRUNTIME_CPU, open_backend
+from geoengine.engine.backends import BACKENDS, ONNXRUNTIME_CUDA, OPENVINO, TENSORRT
 from geoengine.engine.bundle import EngineBundle
-from geoengine.engine.errors import ExportError
+from geoengine.engine.errors import BackendError, ExportError, GeoEngineError
 from geoengine.engine.extras import require_extra
-from geoengine.engine.manifest import MANIFEST, PHOTO, SCHEMA, Variant, encoder_name
+from geoengine.engine.manifest import MANIFEST, SCHEMA, Variant, encoder_name
 from geoengine.engine.tiles import LEVELS
+from geoengine.export.check import Progress, Steps, check_backends, compile_bundle, pairs_of
+from geoengine.export.report import BuildReport, ReportRow, make_report, parity_table
+from geoengine.export.staging import Staging, locked
 
 if TYPE_CHECKING:
     from geoengine.export.encoders import EncoderSet
     from geoengine.export.parity import Measurement
 
-Progress = Callable[[int, int, str], None]
-"""Called with the steps done, their number, and what comes next ("" at the end)."""
+PRECISIONS: Mapping[str, tuple[Variant, ...]] = {
+    "fp32": (Variant.fp32,),
+    "fp16": (Variant.fp16, Variant.fp16_attention),
+    "int8": (Variant.int8,),
+}
+"""The variants that a build makes for a precision."""
 
-PRECISIONS = ("fp32",)
 EARTH_SIDES = (256, 512)
 """Sides in pixels of the usual map tiles, besides the encoders' own."""
 
+MAX_BATCH = 1024
+
 _NEEDED = ("torch", "open_clip", "onnx", "onnxscript", "safetensors")
-_SPARE_BYTES = 10_000_000  # resize matrices, graphs, manifest
+_FLOAT = "float"  # where fp32 graphs wait to be quantized, if the bundle is not to have them
+_SPARE_BYTES = 10_000_000  # resize matrices, graphs, reference, manifest
+_BYTES_PER_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 5}  # int8 graphs are made from fp32 ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +51,10 @@ class BuildConfig:
     Either `model`, `pretrained` (a tag, a weights file, or "none" for random weights) and perhaps
     `checkpoints` (a folder of fine-tuned map encoders), or `encoder_folder` (one that `save_encoder_folder`
     wrote).
+    `precisions` are keys of `PRECISIONS`; None stands for what `backend` computes in: fp16 and int8 for
+    "auto", and fp32 for the planet's small encoders. `backend` other than "auto" must run here, or the build
+    fails. `max_batch` is the largest batch of TensorRT's plans. `calibration` is a folder of pictures like
+    those that will be searched, from which int8 takes its ranges; None takes pictures that the package makes.
     `input_sizes` are the sides in pixels of the pictures that the bundle takes without a resize before it;
     the encoders' own is always there. None stands for all levels of the encoders, and the usual tile sizes.
     """
@@ -50,16 +63,26 @@ class BuildConfig:
     pretrained: str = "openai"
     checkpoints: Path | None = None
     encoder_folder: Path | None = None
-    precision: str = "fp32"
+    precisions: tuple[str, ...] | None = None
+    backend: str = "auto"
+    max_batch: int = MAX_BATCH
+    calibration: Path | None = None
     input_sizes: tuple[int, ...] | None = None
     out: Path = Path("engines")
     levels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
+        unknown = [name for name in self.precisions or () if name not in PRECISIONS]
+        if unknown or self.precisions == ():
             raise ExportError(
-                f"unknown precision {self.precision!r}: this version has {', '.join(PRECISIONS)}"
+                f"unknown precision {', '.join(map(repr, unknown))}: there are {', '.join(PRECISIONS)}"
             )
+        if self.backend not in ("auto", *BACKENDS):
+            raise ExportError(f"unknown backend {self.backend!r}: there are auto, {', '.join(BACKENDS)}")
+        if not 1 <= self.max_batch <= 4096:
+            raise ExportError(f"the largest batch must be from 1 to 4096, got {self.max_batch}")
+        if self.calibration is not None and not self.calibration.is_dir():
+            raise ExportError(f"the folder of pictures for calibration, {self.calibration}, does not exist")
         if self.checkpoints is not None and self.encoder_folder is not None:
             raise ExportError("give either a folder of checkpoints or a folder of encoders, not both")
         if any(not 1 <= side <= 4096 for side in self.input_sizes or ()):
@@ -70,114 +93,243 @@ class BuildConfig:
         if levels is not None and (not levels or list(levels) != sorted(set(levels)) or levels[0] < 0):
             raise ExportError(f"levels must increase strictly from 0 or more, got {list(levels)}")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportRow:
-    """One file of a bundle: its bytes and, where it was measured, its agreement and speed.
-
-    Cosines are to PyTorch fp32: a trunk's over all encoders at its picture side, a head's over all sides.
-    Speeds are of trunk and head together on this machine's CPU: a trunk's with the photo's head, a head's at
-    the encoders' own side.
-    """
-
-    artifact: str
-    precision: str
-    min_cosine: float | None = None
-    mean_cosine: float | None = None
-    images_per_second: float | None = None
-    bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildReport:
-    """What was built or verified; `bytes` is the size of the whole bundle, `seconds` what the work took."""
-
-    path: Path
-    model: str
-    pretrained: str
-    world: str
-    rows: tuple[ReportRow, ...]
-    bytes: int
-    seconds: float
-
-    @property
-    def random(self) -> bool:
-        """Whether the weights are random, so that nothing but speed means anything."""
-        return self.pretrained == "none"
+    def precisions_for(self, world: str) -> tuple[str, ...]:
+        """Return the precisions to build for encoders of a world, without repetition, in a fixed order."""
+        chosen = self.precisions
+        if chosen is None:
+            by_backend = {TENSORRT: ("fp16",), ONNXRUNTIME_CUDA: ("fp16",), OPENVINO: ("int8",)}
+            usual = ("fp16", "int8") if world == "earth" else ("fp32",)
+            chosen = by_backend.get(self.backend, usual)
+        return tuple(name for name in PRECISIONS if name in chosen)
 
 
 def build_engines(config: BuildConfig, progress: Progress | None = None) -> BuildReport:
     """Build the bundle `config.out` and return what was measured.
 
-    Everything is written to a temporary folder beside `config.out`, checked against PyTorch through the
-    bundle's own CPU backend, and only then put in place; an existing bundle is replaced only then. Raises
-    ExportError when the encoders cannot be loaded or exported, when the disk is too small, or when an encoder
-    does not agree with PyTorch; `config.out` is then as before.
+    Everything is written to a hidden folder beside `config.out`, held to the gates on every backend that runs
+    here, and only then put in place; an existing bundle is replaced only then. A build that was interrupted
+    is taken up again by the same call. With TensorRT and a GPU, the bundle is at last compiled for that GPU.
+    Raises ExportError when the encoders cannot be loaded or exported, when the disk is too small, or when an
+    encoder does not agree with PyTorch, BackendError when `config.backend` cannot run here; `config.out` is
+    then as before.
     """
     require_extra("export", _NEEDED, "building engines")
-    from geoengine.export.encoders import replace_folder
-
     start = time.perf_counter()
     target = config.out.absolute()
     _check_target(target)
-    steps = _Steps(progress)
+    steps = Steps(progress)
     steps("load the encoders")
     encoders = _load(config)
-    sides = _sides(config, encoders)
+    work = _Work(config, encoders, steps)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(target.parent, encoders)
-    steps.total = 3 + len(encoders.towers) * len(sides)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        manifest = _write_graphs(staging, encoders, sides, config.precision, steps)
-        _write_manifest(staging, manifest)
-        results = _measure(EngineBundle.open(staging, verify=False), encoders, sides, steps)
-        manifest["parity"] = {config.precision: _parity_table(results)}
-        _write_manifest(staging, manifest)
-        replace_folder(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    _check_space(target.parent, encoders, work.precisions)
+    with locked(target):
+        staging = Staging(target, work.key())
+        try:
+            results, skipped = work.run(staging)
+        except GeoEngineError:
+            staging.discard()
+            raise
+        except OSError as error:
+            raise ExportError(
+                f"{error}; what is done so far is kept in {staging.path}, "
+                "and the same command goes on from there"
+            ) from error
+        staging.finish()
     steps("")
-    return _report(target, manifest, results, start)
+    compiled: tuple[ReportRow, ...] = ()
+    if "fp16" in work.precisions and config.backend in ("auto", TENSORRT):
+        try:
+            compiled = compile_bundle(target, max_batch=config.max_batch, progress=progress).rows
+        except (BackendError, ExportError) as error:
+            if config.backend == TENSORRT:
+                raise
+            skipped[TENSORRT] = str(error)
+    bundle = EngineBundle.open(target, verify=False)
+    report = make_report(bundle, results, skipped, time.perf_counter() - start)
+    return replace(report, rows=report.rows + compiled)
 
 
-def verify_bundle(path: str | Path, progress: Progress | None = None) -> BuildReport:
-    """Check a bundle again: checksums, valid graphs, unit embeddings that do not depend on their batch.
+class _Work:
+    """One build: what is made of which encoders."""
 
-    The weights that it was built from are not needed; cosines in the result are those that the manifest
-    recorded. Raises BundleError for a damaged bundle, ExportError for one that fails a check.
-    """
-    require_extra("export", _NEEDED, "building engines")
-    from geoengine.export.onnx_graphs import check_graph
+    def __init__(self, config: BuildConfig, encoders: EncoderSet, steps: Steps) -> None:
+        self._config, self._encoders, self._steps = config, encoders, steps
+        self.precisions = config.precisions_for(encoders.world)
+        self._variants = [variant for name in self.precisions for variant in PRECISIONS[name]]
+        self._sides = _sides(config, encoders)
+        self._weights = _weights_digest(encoders)
 
-    start = time.perf_counter()
-    steps = _Steps(progress)
-    steps("read the bundle")
-    bundle = EngineBundle.open(path)
-    graphs = bundle.manifest.graphs[Variant.fp32].files()
-    sides = tuple(sorted(bundle.manifest.graphs[Variant.fp32].trunks))
-    steps.total = 1 + len(graphs) + len(bundle.manifest.graphs[Variant.fp32].heads) * len(sides)
-    for name in graphs:
-        steps(f"check {name}")
-        check_graph(bundle.path / name)
-    results = _measure(bundle, None, sides, steps)
-    steps("")
-    manifest = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))
-    return _report(bundle.path, manifest, results, start)
+    def key(self) -> str:
+        """Return what an interrupted build must have in common with this one to be taken up again."""
+        pictures = sorted(self._config.calibration.rglob("*")) if self._config.calibration else []
+        return json.dumps(
+            {
+                "weights": self._weights,
+                "levels": self._encoders.levels,
+                "variants": self._variants,
+                "sides": self._sides,
+                "calibration": [(str(file), file.stat().st_size) for file in pictures],
+                "tools": _tools(),
+            }
+        )
+
+    def run(self, staging: Staging) -> tuple[list[Measurement], dict[str, str]]:
+        """Fill the staging folder with a whole bundle; returns the figures, and why backends cannot run."""
+        from geoengine.export.reference import REFERENCE, load_reference, make_reference, save_reference
+
+        folder = staging.path
+        (folder / "onnx").mkdir(exist_ok=True)
+        graphs = {variant: self._graphs(staging, variant) for variant in self._variants}
+        shutil.rmtree(folder / _FLOAT, ignore_errors=True)
+        manifest = self._manifest(folder, graphs)
+        _write_manifest(folder, manifest)
+        bundle = EngineBundle.open(folder, verify=False)
+        pairs = pairs_of(bundle)
+        self._steps.total = self._steps.done + len(pairs) * (1 + len(self._variants)) + 1
+
+        def write_reference() -> None:
+            save_reference(make_reference(self._encoders, pairs, self._steps), folder / REFERENCE)
+
+        staging.noted("reference", write_reference)
+        results, skipped = check_backends(
+            bundle,
+            load_reference(folder / REFERENCE),
+            self._steps,
+            backends=tuple(name for name in BACKENDS if name != TENSORRT),
+            required=None if self._config.backend in ("auto", TENSORRT) else self._config.backend,
+            noted=staging.noted,
+        )
+        manifest["files"][REFERENCE] = _file_entry(folder / REFERENCE)
+        manifest["parity"] = parity_table(results)
+        manifest["preferred"] = _preferred(results)
+        _write_manifest(folder, manifest)
+        return results, skipped
+
+    def _graphs(self, staging: Staging, variant: Variant) -> dict[str, dict[str, str]]:
+        """Write the graphs of one variant, unless they are there; returns the manifest's entry for them."""
+        folder = staging.path / "onnx"
+        if variant is not Variant.int8:
+            return self._float_graphs(staging, folder, variant)
+        source = folder
+        if Variant.fp32 not in self._variants:
+            source = staging.path / _FLOAT
+            source.mkdir(exist_ok=True)
+
+        def quantize() -> dict[str, dict[str, str]]:
+            from geoengine.export.calibration import calibration_pictures
+            from geoengine.export.int8 import quantize_graphs
+
+            floats = self._float_graphs(staging, source, Variant.fp32)
+            self._steps("calibrate and quantize to int8")
+            trunks, heads = quantize_graphs(
+                {int(side): staging.path / path for side, path in floats["trunks"].items()},
+                {name: staging.path / path for name, path in floats["heads"].items()},
+                folder,
+                calibration_pictures(self._config.calibration, self._encoders.image_size),
+            )
+            return _graph_paths(staging.path, trunks, heads)
+
+        found: dict[str, dict[str, str]] = staging.noted("int8", quantize)
+        return found
+
+    def _float_graphs(self, staging: Staging, folder: Path, variant: Variant) -> dict[str, dict[str, str]]:
+        from geoengine.export.model import Head, Trunk
+        from geoengine.export.onnx_graphs import write_heads, write_trunks
+
+        encoders, blocks = self._encoders, self._encoders.trunk_layers
+        first = next(iter(encoders.towers.values()))
+
+        def trunks() -> dict[str, str]:
+            self._steps(f"export the trunk, {variant}")
+            _remove(folder.glob(f"trunk.*.{variant}.onnx"))
+            made = {
+                side: Trunk(first, blocks=blocks, side=side, mean=encoders.mean, std=encoders.std)
+                for side in self._sides
+            }
+            files = write_trunks(made, folder, variant=variant)
+            return _graph_paths(staging.path, files, {})["trunks"]
+
+        def heads() -> dict[str, str]:
+            self._steps(f"export the heads, {variant}")
+            _remove(folder.glob(f"head_*.{variant}.onnx"))
+            made = ((name, Head(tower, trunk_layers=blocks)) for name, tower in encoders.towers.items())
+            files = write_heads(made, folder, variant=variant)
+            return _graph_paths(staging.path, {}, files)["heads"]
+
+        return {
+            "trunks": staging.noted(f"trunks {variant}", trunks),
+            "heads": staging.noted(f"heads {variant}", heads),
+        }
+
+    def _manifest(self, folder: Path, graphs: Mapping[Variant, Any]) -> dict[str, Any]:
+        """Return the manifest, without parity figures yet."""
+        encoders = self._encoders
+        return {
+            "schema": SCHEMA,
+            "geoengine": importlib.metadata.version("geoengine"),
+            "model": encoders.model,
+            "pretrained": encoders.pretrained,
+            "world": encoders.world,
+            "levels": list(encoders.levels),
+            "embed_dim": encoders.embed_dim,
+            "image_size": encoders.image_size,
+            "mean": list(encoders.mean),
+            "std": list(encoders.std),
+            "resize_mode": "shortest",
+            "logit_scale": {name: encoders.logit_scale[name] for name in map(encoder_name, encoders.levels)},
+            "graphs": graphs,
+            "preferred": {},
+            "weights": self._weights,
+            "files": {f"onnx/{file.name}": _file_entry(file) for file in sorted((folder / "onnx").iterdir())},
+            "tools": _tools(),
+            "parity": {},
+        }
 
 
-class _Steps:
-    """Counts steps and tells the caller of each; `total` is 0 until it is known."""
+def _remove(files: Iterable[Path]) -> None:
+    """Remove what an interrupted build may have left half written."""
+    for file in files:
+        file.unlink()
 
-    def __init__(self, progress: Progress | None) -> None:
-        self.total = 0
-        self._done = -1
-        self._progress = progress
 
-    def __call__(self, doing: str) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self.total, doing)
+def _graph_paths(
+    root: Path, trunks: Mapping[int, Path], heads: Mapping[str, Path]
+) -> dict[str, dict[str, str]]:
+    return {
+        "trunks": {str(side): file.relative_to(root).as_posix() for side, file in trunks.items()},
+        "heads": {name: file.relative_to(root).as_posix() for name, file in heads.items()},
+    }
+
+
+def _preferred(results: Sequence[Measurement]) -> dict[str, str]:
+    """Return, by backend that ran several variants of one precision, the one that was faster in all."""
+    seconds: dict[tuple[str, str], float] = {}
+    for result in results:
+        if result.backend == ONNXRUNTIME_CUDA:
+            key = result.backend, result.variant
+            seconds[key] = seconds.get(key, 0.0) + 1 / result.images_per_second
+    best: dict[str, str] = {}
+    for backend, variant in sorted(seconds, key=lambda key: -seconds[key]):
+        best[backend] = variant
+    return best
+
+
+def _weights_digest(encoders: EncoderSet) -> str:
+    """Return the SHA-256 of all encoders' weights; tensors that several share are read once."""
+    digests: dict[int, str] = {}
+    whole = hashlib.sha256()
+    for encoder, tower in encoders.towers.items():
+        for name, tensor in tower.state_dict().items():
+            if tensor.data_ptr() not in digests:
+                values = tensor.detach().float().contiguous().numpy()
+                digests[tensor.data_ptr()] = hashlib.sha256(values.data).hexdigest()
+            whole.update(f"{encoder} {name} {tuple(tensor.shape)} {digests[tensor.data_ptr()]}\n".encode())
+    return whole.hexdigest()
+
+
+def _tools() -> dict[str, str]:
+    return {name: _version(name) for name in ("torch", "open_clip", "onnx", "onnxscript", "onnxruntime")}
 
 
 def _check_target(target: Path) -> None:
@@ -208,61 +360,15 @@ def _sides(config: BuildConfig, encoders: EncoderSet) -> tuple[int, ...]:
     return tuple(sorted({encoders.image_size, *wanted}))
 
 
-def _check_space(folder: Path, encoders: EncoderSet) -> None:
-    tensors = {t.data_ptr(): t.nbytes for tower in encoders.towers.values() for t in tower.parameters()}
-    needed = sum(tensors.values()) + _SPARE_BYTES
+def _check_space(folder: Path, encoders: EncoderSet, precisions: Sequence[str]) -> None:
+    tensors = {t.data_ptr(): t.numel() for tower in encoders.towers.values() for t in tower.parameters()}
+    needed = sum(tensors.values()) * sum(_BYTES_PER_WEIGHT[name] for name in precisions) + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ExportError(
             f"{folder} has {free / 1e6:.0f} MB free, and the bundle may need {needed / 1e6:.0f} MB: "
             "make room or name another folder with --out"
         )
-
-
-def _write_graphs(
-    staging: Path, encoders: EncoderSet, sides: tuple[int, ...], precision: str, steps: _Steps
-) -> dict[str, Any]:
-    """Write every ONNX file into `staging`; returns the manifest, without parity figures yet."""
-    from geoengine.export.model import Head, Trunk
-    from geoengine.export.onnx_graphs import write_heads, write_trunks
-
-    first, blocks = next(iter(encoders.towers.values())), encoders.trunk_layers
-    folder = staging / "onnx"
-    folder.mkdir()
-    steps("export the trunk")
-    trunks = {
-        side: Trunk(first, blocks=blocks, side=side, mean=encoders.mean, std=encoders.std) for side in sides
-    }
-    trunk_files = write_trunks(trunks, folder, precision=precision)
-    del trunks
-    steps("export the heads")
-    heads = ((name, Head(tower, trunk_layers=blocks)) for name, tower in encoders.towers.items())
-    head_files = write_heads(heads, folder, precision=precision)
-    return {
-        "schema": SCHEMA,
-        "geoengine": importlib.metadata.version("geoengine"),
-        "model": encoders.model,
-        "pretrained": encoders.pretrained,
-        "world": encoders.world,
-        "levels": list(encoders.levels),
-        "embed_dim": encoders.embed_dim,
-        "image_size": encoders.image_size,
-        "mean": list(encoders.mean),
-        "std": list(encoders.std),
-        "resize_mode": "shortest",
-        "logit_scale": {name: encoders.logit_scale[name] for name in map(encoder_name, encoders.levels)},
-        "graphs": {
-            precision: {
-                "trunks": {str(side): f"onnx/{file.name}" for side, file in trunk_files.items()},
-                "heads": {name: f"onnx/{file.name}" for name, file in head_files.items()},
-            }
-        },
-        "files": {f"onnx/{file.name}": _file_entry(file) for file in sorted(folder.iterdir())},
-        "tools": {
-            name: _version(name) for name in ("torch", "open_clip", "onnx", "onnxscript", "onnxruntime")
-        },
-        "parity": {},
-    }
 
 
 def _version(module: str) -> str:
@@ -279,81 +385,3 @@ def _file_entry(file: Path) -> dict[str, Any]:
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _measure(
-    bundle: EngineBundle, encoders: EncoderSet | None, sides: tuple[int, ...], steps: _Steps
-) -> list[Measurement]:
-    """Run every encoder at every side through the bundle's CPU backend, against PyTorch where it is given."""
-    from geoengine.export.parity import measure
-
-    backend = open_backend(bundle, backend=ONNXRUNTIME_CPU)
-    try:
-        return [
-            measure(backend, name, side, encoders, steps)
-            for side in sides
-            for name in bundle.manifest.graphs[Variant.fp32].heads
-        ]
-    finally:
-        backend.close()
-
-
-def _parity_table(results: Sequence[Measurement]) -> dict[str, dict[str, float | int]]:
-    """Return the manifest's figures: cosines to PyTorch fp32 per encoder, over all sides."""
-    table: dict[str, dict[str, float | int]] = {}
-    for name in dict.fromkeys(result.encoder for result in results):
-        cosines = [cosine for result in results if result.encoder == name for cosine in result.cosines]
-        table[name] = {
-            "min_cosine": round(min(cosines), 8),
-            "mean_cosine": round(sum(cosines) / len(cosines), 8),
-            "images": len(cosines),
-        }
-    return table
-
-
-def _report(
-    path: Path, manifest: Mapping[str, Any], results: Sequence[Measurement], start: float
-) -> BuildReport:
-    (precision, graphs), files = next(iter(manifest["graphs"].items())), manifest["files"]
-    rows = []
-    for side, file in graphs["trunks"].items():
-        here = [result for result in results if result.side == int(side)]
-        cosines = [cosine for result in here for cosine in result.cosines]
-        rows.append(
-            ReportRow(
-                artifact=file,
-                precision=precision,
-                min_cosine=min(cosines) if cosines else None,
-                mean_cosine=sum(cosines) / len(cosines) if cosines else None,
-                images_per_second=next(r.images_per_second for r in here if r.encoder == PHOTO),
-                bytes=files[file]["bytes"],
-            )
-        )
-    speeds = {r.encoder: r.images_per_second for r in results if r.side == manifest["image_size"]}
-    for name, file in graphs["heads"].items():
-        figures = manifest["parity"].get(precision, {}).get(name, {})
-        rows.append(
-            ReportRow(
-                artifact=file,
-                precision=precision,
-                min_cosine=figures.get("min_cosine"),
-                mean_cosine=figures.get("mean_cosine"),
-                images_per_second=speeds[name],
-                bytes=files[file]["bytes"],
-            )
-        )
-    named = {row.artifact for row in rows}
-    rows += [
-        ReportRow(artifact=file, precision=precision, bytes=entry["bytes"])
-        for file, entry in files.items()
-        if file not in named
-    ]
-    return BuildReport(
-        path=path,
-        model=manifest["model"],
-        pretrained=manifest["pretrained"],
-        world=manifest["world"],
-        rows=tuple(rows),
-        bytes=sum(entry["bytes"] for entry in files.values()) + (path / MANIFEST).stat().st_size,
-        seconds=time.perf_counter() - start,
-    )

@@ -27,7 +27,7 @@ class WeightFile:
         end = 0
         for offset, length in _used(path):
             data = np.memmap(path, np.uint8, "r", offset, length)
-            self._offsets[hashlib.sha256(data).digest()] = offset
+            self._offsets[hashlib.sha256(data.data).digest()] = offset
             end = max(end, offset + length)
         os.truncate(path, end)
 

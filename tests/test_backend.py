@@ -18,7 +18,7 @@ from geoengine.engine.backends.onnxruntime import MAX_BATCH, OnnxRuntimeCpu
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores, cgroup_quota
 from geoengine.engine.errors import BackendError, BundleError
-from geoengine.engine.preprocess import center_square
+from geoengine.engine.preprocess import to_square
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_trunk_is_picked_by_the_pictures_side(backend, bundle):
 
 def test_pictures_without_a_trunk_are_resized(backend, bundle):
     pixels = pictures(3, 20)
-    resized = np.stack([center_square(picture, IMAGE_SIZE) for picture in pixels])
+    resized = np.stack([to_square(picture, IMAGE_SIZE) for picture in pixels])
     np.testing.assert_array_equal(backend.encode("z01", pixels), backend.encode("z01", resized))
     assert set(backend._sessions) == {
         bundle.trunk_path(IMAGE_SIZE, "fp32"),
@@ -157,10 +157,12 @@ def test_an_unknown_backend(bundle, name):
 
 
 def test_a_precision_that_cannot_be(bundle):
-    with pytest.raises(BackendError, match="unknown precision 'fp8': there are fp32, fp16, int8"):
+    with pytest.raises(
+        BackendError, match="unknown precision 'fp8': there are fp32, fp16, fp16-attention, int8"
+    ):
         open_backend(bundle, precision="fp8")
     with pytest.raises(
-        BackendError, match="has no int8 graphs, .*`geoengine build-engines --precision int8`"
+        BackendError, match=r"has no int8 graphs, .*`geoengine build-engines --precision int8`"
     ):
         open_backend(bundle, backend="onnxruntime-cpu", precision="int8")
 

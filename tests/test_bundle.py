@@ -37,6 +37,8 @@ MANIFEST = {
     "resize_mode": "shortest",
     "logit_scale": {"z04": 100.0, "z10": 50},
     "graphs": {"fp32": {"trunks": TRUNKS, "heads": HEADS}},
+    "preferred": {"onnxruntime-cuda": "fp16-attention"},
+    "weights": "12ab",
     "files": {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in FILES.items()
     },
@@ -193,7 +195,7 @@ def test_every_field_is_needed(folder, field):
         ),
         (graphs(trunks=[]), '"trunks" must be an object'),
         ({"graphs": {}}, '"graphs" is empty'),
-        ({"graphs": {"fp8": {}}}, "\"graphs\" has an unknown variant 'fp8': update geoengine"),
+        ({"graphs": {"fp8": {}}}, "unknown variant 'fp8': update geoengine"),
         ({"resize_mode": "pad"}, "\"resize_mode\" must be one of shortest, squash, got 'pad'"),
         ({"schema": 1}, "this version reads schema 2: build the bundle again"),
         ({"files": {"onnx/weights.bin": {"bytes": 3}}}, '"sha256" is missing'),

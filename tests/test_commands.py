@@ -136,6 +136,30 @@ def test_training_from_a_file_that_is_not_there_is_refused(tmp_path):
     refused(run("train", "planet", "--out", tmp_path / "x", "--pretrained", tmp_path / "no"), "no such file")
 
 
+def build_report(path):
+    from geoengine.export.report import BuildReport, ReportRow
+
+    row = ReportRow(
+        artifact="onnx/trunk",
+        variant="fp16",
+        backend="openvino",
+        min_cosine=0.9999,
+        mean_cosine=1.0,
+        images_per_second=12.34,
+        bytes=2_000_000,
+    )
+    return BuildReport(
+        path=path,
+        model="m",
+        pretrained="none",
+        world="earth",
+        rows=(row,),
+        skipped=(("tensorrt", "no GPU"),),
+        bytes=2_000_000,
+        seconds=3.0,
+    )
+
+
 def test_build_engines_passes_its_options_on(monkeypatch, tmp_path):
     from geoengine.export import build
 
@@ -144,29 +168,27 @@ def test_build_engines_passes_its_options_on(monkeypatch, tmp_path):
     def built(config, progress):
         progress(1, 3, "trunk")
         seen.append(config)
-        row = build.ReportRow(artifact="onnx/trunk", precision="fp32", min_cosine=0.9999, bytes=2_000_000)
-        return build.BuildReport(
-            path=config.out,
-            model="m",
-            pretrained="none",
-            world="earth",
-            rows=(row,),
-            bytes=2_000_000,
-            seconds=3.0,
-        )
+        return build_report(config.out)
 
     monkeypatch.setattr(build, "build_engines", built)
-    result = run(
-        "build-engines", "--model", "ViT", "--pretrained", "none", "--levels", "4-8", "--out", tmp_path
-    )
+    options = ["--model", "ViT", "--pretrained", "none", "--levels", "4-8", "--backend", "onnxruntime-cuda"]
+    options += ["--precision", "fp32", "--precision", "fp16", "--max-batch", "64", "--calibration", tmp_path]
+    result = run("build-engines", *options, "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
-    assert (seen[0].model, seen[0].pretrained, seen[0].levels, seen[0].out) == (
-        "ViT",
-        "none",
-        (4, 6, 8),
-        tmp_path,
-    )
-    assert "0.999900" in result.stdout and "onnx/trunk" in result.stdout
+    assert seen == [
+        build.BuildConfig(
+            model="ViT",
+            pretrained="none",
+            levels=(4, 6, 8),
+            backend="onnxruntime-cuda",
+            precisions=("fp32", "fp16"),
+            max_batch=64,
+            calibration=tmp_path,
+            out=tmp_path,
+        )
+    ]
+    for text in ("0.999900", "onnx/trunk", "openvino", "12.3", "not run by tensorrt: no GPU"):
+        assert text in result.stdout
     assert "the weights are random" in result.stderr
 
 
@@ -174,11 +196,16 @@ def test_build_engines_refuses_an_unknown_precision():
     refused(run("build-engines", "--precision", "int4"), "unknown precision 'int4'")
 
 
-def test_build_engines_verifies_only(monkeypatch, tmp_path):
-    from geoengine.export import build
+@pytest.mark.parametrize(
+    ("option", "function"), [("--verify", "verify_bundle"), ("--plans", "compile_bundle")]
+)
+def test_build_engines_of_a_bundle_that_is_there(monkeypatch, tmp_path, option, function):
+    from geoengine.export import check
 
-    def verified(path, progress):
+    def damaged(path, **options):
         raise GeoEngineError(f"{path} is damaged")
 
-    monkeypatch.setattr(build, "verify_bundle", verified)
-    refused(run("build-engines", "--verify", "--out", tmp_path), f"{tmp_path} is damaged")
+    monkeypatch.setattr(check, function, damaged)
+    refused(run("build-engines", option, "--out", tmp_path), f"{tmp_path} is damaged")
+    monkeypatch.setattr(check, function, lambda path, **options: build_report(path))
+    assert "onnx/trunk" in run("build-engines", option, "--out", tmp_path).stdout

@@ -14,7 +14,7 @@ from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.engine import GeoEngine, softmax_shares, uncertainty_radius_km
 from geoengine.engine.errors import BackendError, BundleError, PhotoError, SourceError, TileError
 from geoengine.engine.photos import Photo
-from geoengine.engine.preprocess import center_square
+from geoengine.engine.preprocess import to_square
 from geoengine.engine.results import Level, ScoredTile
 from geoengine.engine.search import SearchConfig
 from geoengine.engine.sources import TileBatch
@@ -79,7 +79,8 @@ def test_a_location_says_where_how_and_how_sure(engine):
     assert (first.photo, second.photo) == ("photo 1", "photo 2")
     for location in (first, second):
         assert (location.world, location.k, location.tiles) == ("planet", 3, "noise")
-        assert (location.attribution, location.model) == ("© nobody", "tiny/none")
+        assert location.attribution == "© nobody"
+        assert location.model == "tiny with random weights, for timing only"
         assert [level.zoom for level in location.levels] == [1, 3]
         assert [level.candidates for level in location.levels] == [4, 48]
         assert [candidate.rank for candidate in location.candidates] == [1, 2]
@@ -138,7 +139,7 @@ def test_no_photos(engine):
 def test_photo_embeddings_are_those_of_the_centre_square(engine, monkeypatch):
     monkeypatch.setattr(engine_module, "_PHOTO_CHUNK", 2)
     photos = [photo(1), photo(2, (50, 20)), photo(3, (8, 8)), photo(4), photo(5)]
-    squares = np.stack([center_square(p.pixels, IMAGE_SIZE) for p in photos])
+    squares = np.stack([to_square(p.pixels, IMAGE_SIZE) for p in photos])
     np.testing.assert_array_equal(engine.embed_photos(photos), engine.backend.encode("photo", squares))
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from geoengine.engine.preprocess import center_square
+from geoengine.engine.preprocess import to_square
 
 SHAPES = [
     (1, 1),
@@ -42,24 +42,26 @@ def reference(pixels, size):
 def test_it_is_torchvisions_arithmetic(height, width, size, seed):
     if max(height, width) <= 64 * min(height, width):
         pixels = random_pixels(height, width, seed)
-        np.testing.assert_array_equal(center_square(pixels, size), reference(pixels, size))
+        np.testing.assert_array_equal(to_square(pixels, size), reference(pixels, size))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_torchvision(shape):
+@pytest.mark.parametrize(("mode", "resize"), [("shortest", 224), ("squash", (224, 224))])
+def test_it_is_torchvision(shape, mode, resize):
     transforms = pytest.importorskip("torchvision.transforms")
     pixels = random_pixels(*shape)
     transform = transforms.Compose(
         [
-            transforms.Resize(224, transforms.InterpolationMode.BICUBIC, antialias=True),
+            transforms.Resize(resize, transforms.InterpolationMode.BICUBIC, antialias=True),
             transforms.CenterCrop(224),
         ]
     )
-    np.testing.assert_array_equal(center_square(pixels, 224), np.asarray(transform(Image.fromarray(pixels))))
+    expected = np.asarray(transform(Image.fromarray(pixels)))
+    np.testing.assert_array_equal(to_square(pixels, 224, mode), expected)
 
 
 def test_one_pixel_fills_the_square():
-    square = center_square(np.array([[[10, 200, 30]]], np.uint8), 224)
+    square = to_square(np.array([[[10, 200, 30]]], np.uint8), 224)
     assert square.shape == (224, 224, 3)
     assert (square == (10, 200, 30)).all()
 
@@ -73,7 +75,7 @@ def test_the_middle_of_a_very_long_image(shape):
         .reshape(1, -1, 1)
         .reshape((1, -1, 1) if shape[1] > shape[0] else (-1, 1, 1))
     )
-    square = center_square(pixels, 224)
+    square = to_square(pixels, 224)
     assert square.shape == (224, 224, 3)
     assert abs(square.astype(int) - 127).max() <= 1
 
@@ -82,7 +84,7 @@ def test_the_middle_of_a_very_long_image(shape):
 def test_a_very_long_image_is_cut_around_its_middle(length):
     pixels = random_pixels(4, length)
     size = 16  # few enough pixels that the reference can resize the whole
-    ours, whole = center_square(pixels, size).astype(int), reference(pixels, size).astype(int)
+    ours, whole = to_square(pixels, size).astype(int), reference(pixels, size).astype(int)
     assert np.abs(ours - whole).mean() < 8  # of noise whose neighbours differ by 85
 
 
@@ -93,4 +95,4 @@ def test_a_very_long_image_is_cut_around_its_middle(length):
 )
 def test_anything_else_is_refused(pixels):
     with pytest.raises(ValueError, match=r"pixels must be uint8 of shape \(H, W, 3\)"):
-        center_square(pixels, 224)
+        to_square(pixels, 224)

@@ -35,6 +35,8 @@ def write_tiny_bundle(folder, *, levels=(1, 3), world="planet", sides=(8, 16), e
         "resize_mode": "shortest",
         "logit_scale": dict.fromkeys(encoders[1:], 20.0),
         "graphs": {"fp32": {"trunks": trunks, "heads": heads}},
+        "preferred": {},
+        "weights": "",
         "files": {},
         "tools": {},
         "parity": {},

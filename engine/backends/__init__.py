@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError
-from geoengine.engine.manifest import Variant
+from geoengine.engine.manifest import Variant, precision_of
 
 TENSORRT = "tensorrt"
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"
@@ -24,9 +24,6 @@ _CLASSES = {
 }
 BACKENDS = tuple(_CLASSES)
 """Names that `open_backend` takes besides "auto", the fastest first."""
-
-PRECISIONS = ("fp32", "fp16", "int8")
-"""What a user may ask a backend, or a build, to compute in."""
 
 MAX_THREADS = 512
 """More would only exhaust the system: every graph of a bundle has threads of its own."""
@@ -102,7 +99,7 @@ def open_backend(
 ) -> Backend:
     """Return the named backend for a bundle; "auto" takes the first of `BACKENDS` that runs, and logs which.
 
-    `precision` is one of `PRECISIONS`, by default the fastest that the bundle has for the backend. `threads`
+    `precision` is a `Variant`, by default the fastest that the bundle has for the backend. `threads`
     is the number of CPU threads, by default the cores that this process may use. Raises BackendError when
     backend or precision is unknown or cannot run here; nothing else is ever taken in place of what was named.
     """
@@ -110,8 +107,8 @@ def open_backend(
         raise BackendError(f"threads must be from 1 to {MAX_THREADS}, got {threads}")
     if backend not in ("auto", *BACKENDS):
         raise BackendError(f"unknown backend {backend!r}: there are auto, {', '.join(BACKENDS)}")
-    if precision not in (None, *PRECISIONS):
-        raise BackendError(f"unknown precision {precision!r}: there are {', '.join(PRECISIONS)}")
+    if precision not in (None, *Variant):
+        raise BackendError(f"unknown precision {precision!r}: there are {', '.join(Variant)}")
     if backend != "auto":
         return _open(backend, bundle, precision, threads)
     reasons = []
@@ -146,11 +143,14 @@ def _open(name: str, bundle: EngineBundle, precision: str | None, threads: int |
 def choose_variant(
     bundle: EngineBundle, name: str, precision: str | None, runs: tuple[Variant, ...]
 ) -> Variant:
-    """Return the first variant of `runs` that the bundle has, of the given precision if that is not None.
+    """Return the variant that a backend executes: `precision`, or the first of `runs` that the bundle has.
 
-    Raises BackendError, with the command that mends it, when there is none; `name` is the backend's.
+    `name` is the backend's, `runs` what it can execute. A variant that measured faster on this backend when
+    the bundle was built goes first. Raises BackendError, with the command that mends it, when there is none.
     """
-    wanted = [variant for variant in runs if precision is None or variant.split("-")[0] == precision]
+    preferred = bundle.manifest.preferred.get(name)
+    ordered = sorted(runs, key=lambda variant: variant != preferred)
+    wanted = [variant for variant in ordered if precision in (None, variant)]
     for variant in wanted:
         if variant in bundle.variants:
             return variant
@@ -158,5 +158,5 @@ def choose_variant(
         raise BackendError(f"backend {name} does not compute in {precision}, only in {', '.join(runs)}")
     raise BackendError(
         f"engine bundle {bundle.path} has no {' or '.join(wanted)} graphs, which backend {name} needs: "
-        f"`geoengine build-engines --precision {wanted[0].split('-')[0]}` makes them"
+        f"`geoengine build-engines --precision {precision_of(wanted[0])}` makes them"
     )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.manifest import Variant
-from geoengine.engine.preprocess import center_square
+from geoengine.engine.preprocess import to_square
 from geoengine.kernels import cosine_topk
 
 
@@ -32,7 +32,7 @@ def picture_batches(
         assert trunk is not None  # the manifest is checked for it
     for start in range(0, len(pixels), limit):
         batch = pixels[start : start + limit]
-        yield trunk, np.stack([center_square(picture, size) for picture in batch]) if resized else batch
+        yield trunk, np.stack([to_square(picture, size) for picture in batch]) if resized else batch
 
 
 class HostRows:
@@ -58,9 +58,4 @@ class HostRows:
         self, queries: NDArray[np.float32], k: int, rows: NDArray[np.int64], segments: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Score each query against its own rows, best first; see `EmbeddingRows`."""
-        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        indices = np.full((len(queries), k), -1, dtype=np.int64)
-        for row, (start, end) in enumerate(zip(segments, segments[1:], strict=False)):
-            best, order = cosine_topk(self._embeddings[rows[start:end]], queries[row : row + 1], k)
-            scores[row, : best.shape[1]], indices[row, : best.shape[1]] = best[0], order[0]
-        return scores, indices
+        return cosine_topk(self._embeddings[: self._count], queries, k, rows=rows, segments=segments)

@@ -12,7 +12,7 @@ from geoengine.commands.levels import parse_levels
 from geoengine.commands.terminal import complain, progress_bar, write_result
 
 if TYPE_CHECKING:
-    from geoengine.export.build import BuildReport
+    from geoengine.export.report import BuildReport
 
 
 def build_engines(
@@ -27,18 +27,33 @@ def build_engines(
         Path | None, typer.Option(help="Folder of encoders that the trainer wrote.", metavar="DIR")
     ] = None,
     levels: Annotated[str | None, typer.Option(help="Zooms with a map encoder. Default: all.")] = None,
-    precision: Annotated[str, typer.Option(help="Precision of the graphs.")] = "fp32",
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, fp16 (GPUs) or int8 (CPUs); repeatable. Default: what --backend needs."),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="What will run it: tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu.")
+    ] = "auto",
+    max_batch: Annotated[int, typer.Option(help="Largest batch of TensorRT's plans.")] = 1024,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Pictures to take int8's ranges from. Default: made ones.", metavar="DIR"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the bundle.", metavar="DIR")] = Path("engines"),
     verify: Annotated[
         bool, typer.Option("--verify", help="Build nothing: check the bundle in --out.")
+    ] = False,
+    plans: Annotated[
+        bool, typer.Option("--plans", help="Export nothing: compile the bundle in --out with TensorRT.")
     ] = False,
 ) -> None:
     """Export CLIP encoders into an engine bundle, and check that it agrees with PyTorch.
 
     Needs the export extra: pip install 'geoengine[export]'. An existing bundle is replaced only after the new
-    one has passed every check.
+    one has passed every check. The same command goes on with a build that was interrupted.
     """
-    from geoengine.export.build import BuildConfig, build_engines, verify_bundle
+    from geoengine.export.build import BuildConfig, build_engines
+    from geoengine.export.check import compile_bundle, verify_bundle
 
     with progress_bar("starting") as show:
 
@@ -46,7 +61,9 @@ def build_engines(
             show(following, done, total or None)
 
         if verify:
-            report = verify_bundle(out, progress)
+            report = verify_bundle(out, progress=progress)
+        elif plans:
+            report = compile_bundle(out, max_batch=max_batch, progress=progress)
         else:
             config = BuildConfig(
                 model=model,
@@ -54,7 +71,10 @@ def build_engines(
                 checkpoints=checkpoints,
                 encoder_folder=encoders,
                 levels=None if levels is None else parse_levels(levels),
-                precision=precision,
+                precisions=None if precision is None else tuple(precision),
+                backend=backend,
+                max_batch=max_batch,
+                calibration=calibration,
                 out=out,
             )
             report = build_engines(config, progress)
@@ -67,6 +87,7 @@ def report_table(report: BuildReport) -> str:
     """Return what was built or verified as a table for a terminal."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from geoengine.engine.render.table import printable, text_of
 
@@ -78,16 +99,17 @@ def report_table(report: BuildReport) -> str:
         f"{report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("file", no_wrap=True)
-    for heading in ("precision", "min cosine", "mean cosine", "images/s", "MB"):
+    table.add_column("graph", no_wrap=True)
+    table.add_column("run by", no_wrap=True)
+    for heading in ("min cosine", "mean cosine", "images/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(
             printable(row.artifact),
-            row.precision,
+            row.backend,
             number(row.min_cosine, ".6f"),
             number(row.mean_cosine, ".6f"),
-            number(row.images_per_second, ".1f"),
-            f"{row.bytes / 1e6:.2f}",
+            f"{row.images_per_second:.1f}",
         )
-    return text_of([table], sys.stdout)
+    skipped = [Text(printable(f"not run by {name}: {reason}")) for name, reason in report.skipped]
+    return text_of([table, *skipped], sys.stdout)

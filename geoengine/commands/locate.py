@@ -75,7 +75,13 @@ def locate(
             help="Map tiles: a URL template with {z} {x} {y}, an .mbtiles or .pmtiles file, a folder, planet."
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the encoders.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(help="tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu; auto: the first to run."),
+    ] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or int8. Default: the bundle's fastest for the backend.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Encoder threads. Default: all cores.")] = None,
     max_megapixels: Annotated[float, typer.Option(help="Larger photos are refused before decoding.")] = 100.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per photo and line.")] = False,
@@ -101,7 +107,7 @@ def locate(
         _check_writable(map_file)
     session = Session(order, compare_exif)
     paths = session.find(photos)
-    with session.open(backend, threads) as engine:
+    with session.open(backend, precision, threads) as engine:
         for batch in session.locate(engine, paths):
             if output is not Output.GEOJSON:
                 write_result(output.text(batch))
@@ -183,7 +189,7 @@ class Session:
             raise typer.Exit(Exit.FAILED)
         return found
 
-    def open(self, backend: str, threads: int | None) -> GeoEngine:
+    def open(self, backend: str, precision: str | None, threads: int | None) -> GeoEngine:
         """Open the engine; raises GeoEngineError."""
         with waiting("loading the encoders"):
             from geoengine.engine.bundle import EngineBundle, resolve_bundle
@@ -192,7 +198,9 @@ class Session:
             bundle = resolve_bundle(self.order.bundle)
             if self.order.tiles is None and EngineBundle.open(bundle, verify=False).world != "planet":
                 raise SourceError(_TILES_EXAMPLE)
-            return GeoEngine.open(bundle, self.order.tiles, backend=backend, threads=threads)
+            return GeoEngine.open(
+                bundle, self.order.tiles, backend=backend, precision=precision, threads=threads
+            )
 
     def locate(self, engine: GeoEngine, paths: Iterable[Path]) -> Iterator[list[Location]]:
         """Yield the results of some photos at a time; after the first ones, a failing search just ends it."""
@@ -214,16 +222,14 @@ class Session:
             yield batch
 
     def _read(self, engine: GeoEngine, path: Path) -> Photo | None:
-        from geoengine.engine.photos import Photo, read_photo
-        from geoengine.engine.preprocess import center_square
+        from geoengine.engine.photos import read_photo
 
         try:
             photo = read_photo(path, limits=self.order.limits)
         except PhotoError as error:
             self._fail(error)
             return None
-        # The engine starts with the same step, which leaves a square alone: waiting photos stay small.
-        return Photo(photo.name, center_square(photo.pixels, engine.bundle.image_size))
+        return engine.prepare(photo)  # which leaves a square alone when the engine does it again
 
     def _search(self, engine: GeoEngine, photos: list[Photo]) -> list[Location]:
         config = self.order.config

@@ -1,0 +1,140 @@
+"""Running a bundle through every backend of this machine, and compiling it for the GPU of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geoengine.engine.backends import BACKENDS, TENSORRT, Backend, open_backend
+from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.errors import BackendError
+from geoengine.export.parity import Measurement, measure
+from geoengine.export.reference import REFERENCE, Reference, checked_pairs, load_reference
+from geoengine.export.report import BuildReport, make_report
+
+Progress = Callable[[int, int, str], None]
+"""Called with the steps done, their number, and what comes next ("" at the end)."""
+
+Noted = Callable[[str, Callable[[], Any]], Any]
+"""Returns the value of the function, or what an earlier run noted under the name."""
+
+
+class Steps:
+    """Counts steps and tells the caller of each; `total` is 0 until it is known."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.total = 0
+        self.done = -1
+        self._progress = progress
+
+    def __call__(self, doing: str) -> None:
+        """Begin the next step."""
+        self.done += 1
+        if self._progress is not None:
+            self._progress(self.done, self.total and max(self.total, self.done), doing)
+
+
+def pairs_of(bundle: EngineBundle) -> list[tuple[str, int]]:
+    """Return which encoder of a bundle is checked at which side."""
+    graphs = next(iter(bundle.manifest.graphs.values()))
+    return checked_pairs(tuple(graphs.heads), tuple(sorted(graphs.trunks)), bundle.image_size)
+
+
+def check_backends(
+    bundle: EngineBundle,
+    reference: Reference,
+    steps: Steps,
+    *,
+    backends: tuple[str, ...] = BACKENDS,
+    required: str | None = None,
+    noted: Noted = lambda what, work: work(),
+) -> tuple[list[Measurement], dict[str, str]]:
+    """Hold every graph to the gates on each backend that runs it here.
+
+    Returns the measurements, and why the other backends cannot run. Raises ExportError when a gate is not
+    passed, BackendError when the backend `required` cannot run.
+    """
+    results: list[Measurement] = []
+    skipped: dict[str, str] = {}
+    for name in backends:
+        ran = False
+        for variant in bundle.variants:
+            try:
+                backend = open_backend(bundle, backend=name, precision=variant)
+            except BackendError as error:
+                skipped.setdefault(name, str(error))
+                continue
+            ran = True
+            try:
+                for encoder, side in pairs_of(bundle):
+                    steps(f"check encoder {encoder} at {side} px on {name}, {variant}")
+                    work = partial(_figures, backend, encoder, side, reference.get((encoder, side)))
+                    figures = noted(f"{name} {variant} {encoder} {side}", work)
+                    results.append(Measurement.from_dict(figures))
+            finally:
+                backend.close()
+        if ran:
+            skipped.pop(name, None)
+        elif name == required:
+            raise BackendError(skipped[name])
+    return results, skipped
+
+
+def _figures(
+    backend: Backend, encoder: str, side: int, expected: NDArray[np.float32] | None
+) -> dict[str, Any]:
+    return measure(backend, encoder, side, expected).to_dict()
+
+
+def verify_bundle(path: str | Path, progress: Progress | None = None) -> BuildReport:
+    """Check a bundle again: checksums, valid graphs, and a build's gates on every backend that runs here.
+
+    Needs neither PyTorch nor the weights that it was built from: a bundle carries PyTorch's embeddings of the
+    test pictures. Graphs are checked where the onnx package is installed. Raises BundleError for a damaged
+    bundle, ExportError for one that fails a check.
+    """
+    start = time.perf_counter()
+    steps = Steps(progress)
+    steps("read the bundle")
+    bundle = EngineBundle.open(path)
+    reference = load_reference(bundle.path / REFERENCE)
+    if find_spec("onnx") is not None:
+        from geoengine.export.onnx_graphs import check_graph
+
+        for graphs in bundle.manifest.graphs.values():
+            for name in graphs.files():
+                steps(f"check {name}")
+                check_graph(bundle.path / name)
+    results, skipped = check_backends(bundle, reference, steps)
+    steps("")
+    return make_report(bundle, results, skipped, time.perf_counter() - start)
+
+
+def compile_bundle(path: str | Path, *, max_batch: int, progress: Progress | None = None) -> BuildReport:
+    """Compile a bundle's fp16 graphs with TensorRT for this machine's GPU, and hold the plans to the gates.
+
+    `max_batch` is the largest number of pictures that the plans take at once. Raises BackendError when
+    TensorRT cannot run here, ExportError when a graph cannot be compiled or a plan fails a check; the plans
+    are then removed.
+    """
+    from geoengine.export.tensorrt import build_plans, remove_plans
+
+    start = time.perf_counter()
+    steps = Steps(progress)
+    bundle = EngineBundle.open(path)
+    reference = load_reference(bundle.path / REFERENCE)
+    build_plans(bundle, max_batch=max_batch, progress=progress)
+    try:
+        results, _ = check_backends(bundle, reference, steps, backends=(TENSORRT,), required=TENSORRT)
+    except Exception:
+        remove_plans(bundle)
+        raise
+    steps("")
+    return make_report(bundle, results, {}, time.perf_counter() - start)
