@@ -14,7 +14,8 @@ from tiny_bundle import EMBED_DIM, IMAGE_SIZE, write_manifest, write_tiny_bundle
 
 from geoengine.engine.backends import BACKENDS, open_backend
 from geoengine.engine.backends import onnxruntime as module
-from geoengine.engine.backends.onnxruntime import MAX_BATCH, OnnxRuntimeCpu
+from geoengine.engine.backends.onnxruntime import MAX_BATCH
+from geoengine.engine.backends.sessions import Sessions
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores, cgroup_quota
 from geoengine.engine.errors import BackendError, BundleError
@@ -72,14 +73,14 @@ def test_a_large_call_equals_its_parts(backend):
 
 def test_the_trunk_is_picked_by_the_pictures_side(backend, bundle):
     backend.encode("z01", pictures(1, 16))
-    assert set(backend._sessions) == {bundle.trunk_path(16, "fp32"), bundle.head_path("z01", "fp32")}
+    assert backend._sessions.paths() == {bundle.trunk_path(16, "fp32"), bundle.head_path("z01", "fp32")}
 
 
 def test_pictures_without_a_trunk_are_resized(backend, bundle):
     pixels = pictures(3, 20)
     resized = np.stack([to_square(picture, IMAGE_SIZE) for picture in pixels])
     np.testing.assert_array_equal(backend.encode("z01", pixels), backend.encode("z01", resized))
-    assert set(backend._sessions) == {
+    assert backend._sessions.paths() == {
         bundle.trunk_path(IMAGE_SIZE, "fp32"),
         bundle.head_path("z01", "fp32"),
     }
@@ -108,8 +109,8 @@ def test_an_unknown_encoder_names_those_there_are(backend):
 
 def test_threads_share_sessions_that_are_loaded_once(backend, monkeypatch):
     loads, expected = [], {}
-    load = OnnxRuntimeCpu._load
-    monkeypatch.setattr(OnnxRuntimeCpu, "_load", lambda self, path: loads.append(path) or load(self, path))
+    load = Sessions._load
+    monkeypatch.setattr(Sessions, "_load", lambda self, path: loads.append(path) or load(self, path))
     results = {}
 
     def work(i):
@@ -243,7 +244,7 @@ def test_the_optimiser_that_crashes_is_off_and_nothing_is_printed(tmp_path, bund
         "from geoengine.engine.bundle import EngineBundle\n"
         "from geoengine.engine.backends import open_backend\n"
         "backend = open_backend(EngineBundle.open(sys.argv[1]))\n"
-        "backend._load(pathlib.Path(sys.argv[2]))\n"
+        "backend._sessions.get(pathlib.Path(sys.argv[2]))\n"
         "backend.encode('z01', np.zeros((2, 8, 8, 3), np.uint8))\n"
     )
     command = [sys.executable, "-c", program, str(bundle.path), str(tmp_path / "casting.onnx")]

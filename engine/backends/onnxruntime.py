@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +10,20 @@ from numpy.typing import NDArray
 
 from geoengine.engine.backends import ONNXRUNTIME_CPU, choose_variant
 from geoengine.engine.backends.batches import HostRows, picture_batches
+from geoengine.engine.backends.sessions import Sessions, first_line
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import BackendError
 from geoengine.engine.manifest import Variant
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import SessionOptions
 
 MAX_BATCH = 16
 """Pictures in one run of a graph; bounds memory. Of 1 to 128 it was the fastest on two cores for a small ViT
 at 112 pixels, and within 10 % of the fastest for ViT-B/32 at 224."""
 
-
-RUNS = (Variant.int8, Variant.fp32, Variant.fp16)
+RUNS = (Variant.int8, Variant.fp32, Variant.fp16, Variant.fp16_attention)
 """What it executes, the fastest first."""
 
 
@@ -40,19 +39,10 @@ class OnnxRuntimeCpu:
     def __init__(
         self, bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None
     ) -> None:
-        self.variant = choose_variant(
-            bundle, self.name, precision, (Variant.int8, Variant.fp32, Variant.fp16)
-        )
+        self.variant = choose_variant(bundle, self.name, precision, RUNS)
         self.threads = available_cores() if threads is None else threads
         self._bundle = bundle
-        self._sessions: dict[Path, InferenceSession] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendError(f"ONNX Runtime cannot be loaded ({error}): pip install onnxruntime") from error
-        self._onnxruntime = onnxruntime
+        self._sessions = Sessions(self.name, ["CPUExecutionProvider"], self._configure)
 
     def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`.
@@ -74,49 +64,17 @@ class OnnxRuntimeCpu:
 
     def close(self) -> None:
         """Free the loaded graphs; `encode` raises BackendError afterwards."""
-        with self._lock:
-            self._closed = True
-            self._sessions.clear()
+        self._sessions.close()
+
+    def _configure(self, options: SessionOptions) -> None:
+        options.intra_op_num_threads = self.threads
+        # Threads that spin while they wait take the cores from tile reading and from other processes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
     def _run(self, path: Path, output: str, value: NDArray[Any]) -> NDArray[np.float32]:
-        session = self._session(path)
+        session = self._sessions.get(path)
         try:
             (result,) = session.run([output], {session.get_inputs()[0].name: value})
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
-            raise BackendError(f"ONNX Runtime cannot run {path}: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime cannot run {path}: {first_line(error)}") from error
         return np.asarray(result)
-
-    def _session(self, path: Path) -> InferenceSession:
-        with self._lock:
-            if self._closed:
-                raise BackendError(f"backend {self.name} is closed")
-            if path not in self._sessions:
-                self._sessions[path] = self._load(path)
-            return self._sessions[path]
-
-    def _load(self, path: Path) -> InferenceSession:
-        ort = self._onnxruntime
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3  # errors; the rest is about machines and graphs that work all the same
-        # Threads that spin while they wait take the cores from tile reading and from other processes.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            return ort.InferenceSession(
-                path,
-                options,
-                providers=["CPUExecutionProvider"],
-                # Crashes the process on Transpose -> Cast -> MatMul with fp16 weights (ONNX Runtime 1.31).
-                # Its blocked layout is for convolutions, of which these graphs have none.
-                disabled_optimizers=["NchwcTransformer"],
-            )
-        except Exception as error:
-            raise BackendError(
-                f"ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}"
-            ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
