@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from geoengine.engine.backends import Backend, open_backend
 from geoengine.engine.bundle import EngineBundle, resolve_bundle
 from geoengine.engine.errors import BundleError, SourceError, TileError
-from geoengine.engine.manifest import PHOTO, Manifest, encoder_name
+from geoengine.engine.manifest import PHOTO, encoder_name, model_name
 from geoengine.engine.photos import Photo, read_photo
 from geoengine.engine.preprocess import to_square
 from geoengine.engine.results import Candidate, Level, Location, ScoredTile
@@ -187,13 +187,6 @@ class GeoEngine:
             model=model_name(manifest),
             seconds=seconds,
         )
-
-
-def model_name(manifest: Manifest) -> str:
-    """Return what results call the encoders; random ones are never to be taken for trained ones."""
-    if manifest.pretrained == "none":
-        return f"{manifest.model} with random weights, for timing only"
-    return f"{manifest.model}/{manifest.pretrained}"
 
 
 def softmax_shares(level: Level, logit_scale: float) -> NDArray[np.float64]:

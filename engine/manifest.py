@@ -161,6 +161,13 @@ class Manifest:
                 raise ValueError(f'"files" lacks {path}')
 
 
+def model_name(manifest: Manifest) -> str:
+    """Return what people are told of the encoders; random ones are never to be taken for trained ones."""
+    if manifest.pretrained == "none":
+        return f"{manifest.model} with random weights, for timing only"
+    return f"{manifest.model}/{manifest.pretrained}"
+
+
 class _Fields:
     """Typed access to a JSON object; every method raises ValueError naming the field."""
 

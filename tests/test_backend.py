@@ -194,7 +194,7 @@ def test_threads_are_set(bundle, monkeypatch):
     open_backend(bundle, threads=3).encode("photo", pictures(1))
     monkeypatch.setattr(module, "available_cores", lambda: 5)
     open_backend(bundle).encode("photo", pictures(1))
-    assert seen == [(threads, ["CPUExecutionProvider"]) for threads in (3, 3, 5, 5)]
+    assert seen == [(threads, [("CPUExecutionProvider", {})]) for threads in (3, 3, 5, 5)]
 
 
 def test_a_graph_that_is_none(tmp_path):

@@ -1,13 +1,15 @@
 import io
 import json
+import sys
 
 import pytest
 from tiny_bundle import write_tiny_bundle
 from typer.testing import CliRunner
 
 from geoengine.cli import app
-from geoengine.engine import doctor
-from geoengine.engine.doctor import State, examine, findings_table
+from geoengine.engine.doctor import bundles, examine, findings_table, gpu, onnx_runtime
+from geoengine.engine.doctor.finding import REINSTALL, State
+from geoengine.engine.errors import BackendError
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(doctor, "_cuda_devices", lambda: [])
+    monkeypatch.setattr(gpu, "cuda_devices", lambda: [])
 
 
 def found(topic):
@@ -55,7 +57,7 @@ def test_bundles_here_and_in_the_data_folder_are_verified(elsewhere):
     topics = {finding.topic: finding for finding in examine()}
     assert "Earth bundle" not in topics
     assert topics["Bundle engines"].state is State.OK
-    assert "world earth, levels 1, 3; checksums agree" in topics["Bundle engines"].detail
+    assert "world earth, levels 1, 3, fp32; checksums agree" in topics["Bundle engines"].detail
     [data] = [topics[topic] for topic in topics if topic.endswith("data/geoengine/engines")]
     assert data.state is State.OK
 
@@ -69,13 +71,13 @@ def test_bundles_here_and_in_the_data_folder_are_verified(elsewhere):
 def test_a_missing_demo_bundle_is_a_defect(elsewhere, monkeypatch):
     monkeypatch.setattr("geoengine.engine.bundle.PLANET", elsewhere / "nothing")
     finding = found("Demo bundle")
-    assert (finding.state, finding.remedy) == (State.BROKEN, doctor.REINSTALL)
+    assert (finding.state, finding.remedy) == (State.BROKEN, REINSTALL)
 
 
 def test_a_missing_extra_names_what_installs_it(monkeypatch):
-    real = doctor.importlib.util.find_spec
+    real = bundles.importlib.util.find_spec
     monkeypatch.setattr(
-        doctor.importlib.util, "find_spec", lambda name: None if name == "torch" else real(name)
+        bundles.importlib.util, "find_spec", lambda name: None if name == "torch" else real(name)
     )
     finding = found("Export extra")
     assert (finding.state, finding.remedy) == (State.ABSENT, "pip install 'geoengine[export]'")
@@ -83,7 +85,7 @@ def test_a_missing_extra_names_what_installs_it(monkeypatch):
 
 
 def test_two_wheels_of_onnxruntime_are_a_defect(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: "1.0")
+    monkeypatch.setattr(onnx_runtime, "installed_version", lambda package: "1.0")
     finding = found("ONNX Runtime")
     assert finding.state is State.BROKEN and "overwrite each other" in finding.detail
     assert finding.remedy.endswith("&& pip install onnxruntime-gpu")
@@ -92,7 +94,7 @@ def test_two_wheels_of_onnxruntime_are_a_defect(monkeypatch):
 def test_a_provider_that_does_not_load_is_told_without_noise(capfd):
     import onnxruntime
 
-    problem = doctor._provider_problem(onnxruntime, "NoSuchExecutionProvider")
+    problem = onnx_runtime._provider_problem(onnxruntime, "NoSuchExecutionProvider")
     assert problem is not None
     assert capfd.readouterr() == ("", "")
 
@@ -100,12 +102,12 @@ def test_a_provider_that_does_not_load_is_told_without_noise(capfd):
 def test_a_gpu_that_onnxruntime_cannot_use_names_the_extra(monkeypatch):
     import onnxruntime
 
-    monkeypatch.setattr(doctor, "_cuda_devices", lambda: ["Some GPU, 80 GiB, compute capability 9.0"])
+    monkeypatch.setattr(gpu, "cuda_devices", lambda: ["Some GPU, 80 GiB, compute capability 9.0"])
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     monkeypatch.setattr(
-        doctor, "_provider_problem", lambda ort, name: "no cuDNN" if name.startswith("CUDA") else None
+        onnx_runtime, "_provider_problem", lambda ort, name: "no cuDNN" if name.startswith("CUDA") else None
     )
     assert found("GPU").state is State.OK and "Some GPU" in found("GPU").detail
     assert (found("ORT CUDA").state, found("ORT CUDA").remedy) == (
@@ -118,7 +120,7 @@ def test_a_machine_without_driver_has_no_gpu(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(doctor.ctypes, "CDLL", missing)
+    monkeypatch.setattr(gpu.ctypes, "CDLL", missing)
     assert found("GPU").state is State.ABSENT
 
 
@@ -134,3 +136,29 @@ def test_the_command_prints_a_table_or_json_and_succeeds():
     assert "ONNX Runtime" in table.stdout
     [python, *_] = json.loads(as_json.stdout)["findings"]
     assert (python["topic"], python["state"], python["remedy"]) == ("Python", "ok", "")
+
+
+def test_each_backend_is_tried_and_the_one_that_auto_takes_is_named():
+    topics = {finding.topic: finding for finding in examine()}
+    cpu = topics["Backend onnxruntime-cpu"]
+    assert cpu.state is State.OK
+    assert cpu.detail.startswith("runs the fp32 encoders of tiny: what `--backend auto` takes")
+
+
+def test_a_backend_that_cannot_encode_is_not_taken(monkeypatch):
+    def broken(self, encoder, pixels):
+        raise BackendError("no memory left")
+
+    monkeypatch.setattr("geoengine.engine.backends.onnxruntime.OnnxRuntimeCpu.encode", broken)
+    finding = found("Backend onnxruntime-cpu")
+    assert (finding.state, finding.detail) == (State.ABSENT, "no memory left")
+
+
+def test_a_gpu_without_its_libraries_names_the_extras(monkeypatch):
+    monkeypatch.setattr(gpu, "cuda_devices", lambda: ["Some GPU, 80 GiB, compute capability 9.0"])
+    for module in ("tensorrt", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(gpu, "_CUDNN", "libcudnn-of-nobody.so.9")
+    for topic, extra in (("CUDA", "gpu"), ("cuDNN", "gpu"), ("TensorRT", "tensorrt")):
+        finding = found(topic)
+        assert (finding.state, finding.remedy) == (State.ABSENT, f"pip install 'geoengine[{extra}]'")
