@@ -42,7 +42,7 @@ class OnnxRuntimeCpu:
         self.variant = choose_variant(bundle, self.name, precision, RUNS)
         self.threads = available_cores() if threads is None else threads
         self._bundle = bundle
-        self._sessions = Sessions(self.name, ["CPUExecutionProvider"], self._configure)
+        self._sessions = Sessions(self.name, ("CPUExecutionProvider", {}), self._configure)
 
     def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`.

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 class Sessions:
     """Sessions that are loaded when they are first asked for, and shared by all threads.
 
-    `name` is the backend's, for errors; `providers` are ONNX Runtime's execution providers with their options,
+    `name` is the backend's, for errors; `provider` is ONNX Runtime's execution provider with its options,
     `configure` sets further options of a session.
     """
 
-    def __init__(self, name: str, providers: list[Any], configure: Callable[[SessionOptions], None]) -> None:
-        self._name, self._providers, self._configure = name, providers, configure
+    def __init__(
+        self, name: str, provider: tuple[str, dict[str, str]], configure: Callable[[SessionOptions], None]
+    ) -> None:
+        self._name, self._provider, self._configure = name, provider, configure
         self._loaded: dict[Path, InferenceSession] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -54,10 +56,10 @@ class Sessions:
         options.log_severity_level = 3  # errors; the rest is about machines and graphs that work all the same
         self._configure(options)
         try:
-            return ort.InferenceSession(
+            session = ort.InferenceSession(
                 path,
                 options,
-                providers=self._providers,
+                providers=[self._provider],
                 # Crashes the process on Transpose -> Cast -> MatMul with fp16 weights (ONNX Runtime 1.31).
                 # Its blocked layout is for convolutions, of which these graphs have none.
                 disabled_optimizers=["NchwcTransformer"],
@@ -68,6 +70,13 @@ class Sessions:
             raise BackendError(
                 f"ONNX Runtime {ort.__version__} cannot load {path}: {first_line(error)}"
             ) from error
+        provider, _ = self._provider
+        if session.get_providers()[0] != provider:  # it goes on without one that does not load
+            raise BackendError(
+                f"ONNX Runtime {ort.__version__} has {provider}, but it cannot be loaded here: "
+                "see `geoengine doctor`"
+            )
+        return session
 
 
 def load_onnxruntime() -> Any:  # noqa: ANN401 - the module, which has no types
