@@ -18,7 +18,7 @@ from torch import nn
 from geoengine.engine.errors import ExportError
 from geoengine.engine.manifest import PHOTO, encoder_name
 from geoengine.export.encoders import DEFAULT_LOGIT_SCALE, EncoderSet, block_of, in_trunk, shared_blocks
-from geoengine.export.model import check_tower
+from geoengine.export.towers import tower_parts
 from geoengine.export.weights import State, fit, read_state
 
 RANDOM = "none"
@@ -131,7 +131,7 @@ def _architecture(model: str, pretrained: str) -> tuple[Any, _Rgb, _Rgb]:
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         raise ExportError(f"open_clip cannot make the model {model}: {error}") from error
     tower = clip.visual.eval().requires_grad_(False)
-    check_tower(tower)
+    tower_parts(tower)
     preprocessing = tower.preprocess_cfg
     for key, value in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
         if preprocessing[key] != value:
