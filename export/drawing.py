@@ -51,11 +51,15 @@ class Drawing:
             opset_imports={"": self._opset},
             name=f"{self.input.name}_to_{name}",
         )
-        return ir.Model(graph, ir_version=_IR_VERSION, producer_name="geoengine")
+        return ir.Model(graph, ir_version=_IR_VERSION)
 
     def op(
-        self, kind: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attributes: Any
-    ) -> ir.Value:  # noqa: ANN401
+        self,
+        kind: str,
+        *inputs: ir.Value,
+        dtype: ir.DataType | None = None,
+        **attributes: Any,  # noqa: ANN401  # whatever an operator has
+    ) -> ir.Value:
         """Add a node of one output, whose type is `dtype`, or that of the first input."""
         return self._add(kind, inputs, 1, dtype, attributes)[0]
 
@@ -85,8 +89,8 @@ class Drawing:
         """Add a weight, times `scale` where given; `half` says that products use it.
 
         In fp32, a matrix that float16 holds exactly is stored so, and converted and scaled by the graph: half
-        the bytes, and the same numbers. Raises ExportError for a weight of an fp16 product that float16 cannot
-        hold.
+        the bytes, and the same numbers. Raises ExportError where an fp16 product needs a weight that float16
+        cannot hold.
         """
         name = self.prefix + name
         source = _numpy(value)
@@ -154,9 +158,9 @@ class Drawing:
         return self.op("Add", x, self.weight(f"b_{name}", layer.bias, layer.scale, half=half))
 
     def softmax_product(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
-        """Mix values by attention: q[heads, queries, depth], k[heads, depth, tokens], v[heads, tokens, depth].
+        """Mix values by attention, in three operators with nothing between them: TensorRT fuses only that.
 
-        The three operators follow one another directly, since TensorRT fuses only that.
+        `q` is [heads, queries, depth], `k` [heads, depth, tokens] and `v` [heads, tokens, depth].
         """
         return self.op("MatMul", self.op("Softmax", self.op("MatMul", q, k), axis=-1), v)
 
@@ -178,7 +182,7 @@ def _to_half(array: Array, name: str) -> Array:
         small = array.astype(np.float16)
     if not np.isfinite(small).all():
         raise ExportError(
-            f"the weight {name} cannot be held in float16: its largest value is {np.abs(array).max():.3g}, and "
-            "65504 is the limit; build with --precision fp32"
+            f"the weight {name} cannot be held in float16: its largest value is {np.abs(array).max():.3g}, "
+            "and 65504 is the limit; build with --precision fp32"
         )
     return small

@@ -74,8 +74,8 @@ class Trunk:
 
     `tower` is a vision tower and `blocks` the number of its blocks that the trunk includes. None stands for
     encoders that share not even the patch embedding: tokens are then patches of scaled pixels. `side` is in
-    pixels; pictures are resized as Pillow does, unless it is the tower's own. `mean` and `std` are per channel
-    of pixels in 0 to 1. Raises ExportError for a tower of a form that is not known here.
+    pixels; pictures are resized as Pillow does, unless it is the tower's own. `mean` and `std` are per
+    channel of pixels in 0 to 1. Raises ExportError for a tower of a form that is not known here.
     """
 
     def __init__(self, tower: nn.Module, *, blocks: int | None, side: int, mean: Rgb, std: Rgb) -> None:
@@ -128,18 +128,14 @@ class Head:
     """Tokens to a unit-length embedding: float32[n, tokens, width] -> float32[n, d].
 
     `tower` is a vision tower, of which the trunk has the first `trunk_layers` blocks; at least one must be
-    left. With None the trunk has nothing, and the head also the patch embedding, into which `mean` and `std`
-    are folded. Raises ExportError for a tower of a form that is not known here.
+    left. With None the trunk has nothing, and the head also the patch embedding. `mean` and `std` are per
+    channel of pixels in 0 to 1. Raises ExportError for a tower of a form that is not known here.
     """
 
-    def __init__(
-        self, tower: nn.Module, *, trunk_layers: int | None, mean: Rgb | None = None, std: Rgb | None = None
-    ) -> None:
+    def __init__(self, tower: nn.Module, *, trunk_layers: int | None, mean: Rgb, std: Rgb) -> None:
         self._parts = tower_parts(tower)
+        self._stem = _Stem(self._parts, mean, std)
         self._trunk_layers = trunk_layers
-        if trunk_layers is None and (mean is None or std is None):
-            raise ValueError("a head that has the patch embedding needs mean and std")
-        self._stem = _Stem(self._parts, mean, std) if mean is not None and std is not None else None
 
     def draw(self, variant: Variant) -> ir.Model:
         """Return the graph, from "tokens" to "embedding", with its weights."""
@@ -147,13 +143,11 @@ class Head:
         drawing = Drawing(variant, "tokens", _FLOAT, token_shape(parts, self._trunk_layers))
         x = drawing.input
         if self._trunk_layers is None:
-            assert self._stem is not None
             x = self._stem.draw(drawing, x)
-        *blocks, last = parts.blocks[self._trunk_layers or 0 :]
-        for number, block in enumerate(blocks):
-            x = _Block(drawing, block, f"blocks.{number}.").draw(x)
-        one = parts.pool is Pool.token
-        x = _Block(drawing, last, f"blocks.{len(blocks)}.").draw(x, only_first=one)
+        first, last = self._trunk_layers or 0, len(parts.blocks) - 1
+        for number, block in enumerate(parts.blocks[first:], first):
+            only_first = number == last and parts.pool is Pool.token
+            x = _Block(drawing, block, f"blocks.{number}.").draw(x, only_first=only_first)
         drawing.prefix = ""
         x = self._pool(drawing, x)
         if parts.projection is not None:
@@ -193,7 +187,7 @@ class _Block:
         self._width = int(parts.out.weight.shape[1])
 
     def draw(self, x: ir.Value, *, only_first: bool = False) -> ir.Value:
-        """Run attention, then the feed-forward part; `only_first` computes just the first token of the result."""
+        """Run attention, then the feed-forward part; with `only_first`, give just the first token."""
         drawing, parts, width = self._drawing, self._parts, self._width
         drawing.prefix = self._prefix
         normal = drawing.norm("ln_1", parts.norm, x)

@@ -14,7 +14,7 @@ from geoengine.export.model import Head, Trunk
 from geoengine.export.weight_file import WeightFile
 
 MAX_BATCH = 4096
-"""Pictures that a graph takes at once. With CLIP's 50 tokens, from about 14 000 on tensors pass 2**31 elements."""
+"""Pictures that a graph takes at once; with CLIP's 50 tokens, about 14 000 would pass 2**31 elements."""
 
 _SMALL_BYTES = 1024  # tensors under this size stay inside the graph
 
@@ -49,7 +49,7 @@ def write_heads(heads: Iterable[tuple[str, Head]], folder: Path, *, variant: Var
 
 
 def _save(model: ir.Model, weights: WeightFile, path: Path) -> Path:
-    """Write a graph with its larger weights beside it; those of resizes belong to one graph and stay inside."""
+    """Write a graph with its larger weights beside it; those of a resize are its own and stay inside."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is not None and tensor.nbytes >= _SMALL_BYTES and not name.startswith("resize_"):

@@ -112,7 +112,7 @@ class TowerParts:
 
 
 def tower_parts(tower: Tower) -> TowerParts:
-    """Take a tower apart; its tensors are not copied. Raises ExportError for a form that is not known here."""
+    """Take a tower apart, without copying weights; ExportError for a form that is not known here."""
     from open_clip.timm_model import TimmModel  # type: ignore[import-untyped]
     from open_clip.transformer import VisionTransformer  # type: ignore[import-untyped]
 
@@ -129,8 +129,8 @@ def tower_parts(tower: Tower) -> TowerParts:
     size = parts.patch_size
     if height != width or height % size or parts.patch.weight.shape[2:] != (size, size):
         raise ExportError(
-            f"an image encoder for {height}x{width} pixels in patches of {size} cannot be exported: it must be "
-            "square and a multiple of the patch"
+            f"an image encoder for {height}x{width} pixels in patches of {size} cannot be exported: "
+            "its input must be square and a multiple of the patch"
         )
     return parts
 
@@ -177,17 +177,14 @@ def _open_clip_block(block: Tower) -> BlockParts:
 
 
 def _timm_parts(tower: Tower) -> TowerParts:
-    from timm.layers import AttentionPoolLatent  # type: ignore[import-untyped]
-    from timm.models.vision_transformer import (  # type: ignore[import-untyped]
-        Attention,
-        Block,
-        VisionTransformer,
-    )
+    from timm.layers import AttentionPoolLatent  # type: ignore[attr-defined]
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer  # type: ignore[attr-defined]
 
     trunk = tower.trunk
     if type(trunk) is not VisionTransformer:
         raise ExportError(
-            f"image encoders of type {type(trunk).__name__} (timm) cannot be exported, only its VisionTransformer"
+            f"image encoders of type {type(trunk).__name__} (timm) cannot be exported, only its "
+            "VisionTransformer"
         )
     blocks, pool = trunk.blocks, trunk.attn_pool
     _refuse(
