@@ -38,7 +38,7 @@ EARTH_SIDES = (256, 512)
 
 MAX_BATCH = 1024
 
-_NEEDED = ("torch", "open_clip", "onnx", "onnxscript", "safetensors")
+_NEEDED = ("torch", "open_clip", "onnx", "onnx_ir", "safetensors")
 _FLOAT = "float"  # where fp32 graphs wait to be quantized, if the bundle is not to have them
 _SPARE_BYTES = 10_000_000  # resize matrices, graphs, reference, manifest
 _BYTES_PER_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 5}  # int8 graphs are made from fp32 ones
@@ -234,26 +234,21 @@ class _Work:
         return found
 
     def _float_graphs(self, staging: Staging, folder: Path, variant: Variant) -> dict[str, dict[str, str]]:
-        from geoengine.export.model import Head, Trunk
         from geoengine.export.onnx_graphs import write_heads, write_trunks
 
-        encoders, blocks = self._encoders, self._encoders.trunk_layers
-        first = next(iter(encoders.towers.values()))
+        encoders = self._encoders
 
         def trunks() -> dict[str, str]:
             self._steps(f"export the trunk, {variant}")
             _remove(folder.glob(f"trunk.*.{variant}.onnx"))
-            made = {
-                side: Trunk(first, blocks=blocks, side=side, mean=encoders.mean, std=encoders.std)
-                for side in self._sides
-            }
+            made = {side: encoders.trunk(side) for side in self._sides}
             files = write_trunks(made, folder, variant=variant)
             return _graph_paths(staging.path, files, {})["trunks"]
 
         def heads() -> dict[str, str]:
             self._steps(f"export the heads, {variant}")
             _remove(folder.glob(f"head_*.{variant}.onnx"))
-            made = ((name, Head(tower, trunk_layers=blocks)) for name, tower in encoders.towers.items())
+            made = ((name, encoders.head(name)) for name in encoders.towers)
             files = write_heads(made, folder, variant=variant)
             return _graph_paths(staging.path, {}, files)["heads"]
 
@@ -276,7 +271,7 @@ class _Work:
             "image_size": encoders.image_size,
             "mean": list(encoders.mean),
             "std": list(encoders.std),
-            "resize_mode": "shortest",
+            "resize_mode": encoders.resize_mode,
             "logit_scale": {name: encoders.logit_scale[name] for name in map(encoder_name, encoders.levels)},
             "graphs": graphs,
             "preferred": {},
@@ -329,7 +324,7 @@ def _weights_digest(encoders: EncoderSet) -> str:
 
 
 def _tools() -> dict[str, str]:
-    return {name: _version(name) for name in ("torch", "open_clip", "onnx", "onnxscript", "onnxruntime")}
+    return {name: _version(name) for name in ("torch", "open_clip", "onnx", "onnx_ir", "onnxruntime")}
 
 
 def _check_target(target: Path) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from geoengine.engine.errors import ExportError
-from geoengine.engine.manifest import PHOTO, encoder_name
+from geoengine.engine.manifest import PHOTO, RESIZE_MODES, encoder_name
 from geoengine.export.encoders import DEFAULT_LOGIT_SCALE, EncoderSet, block_of, in_trunk, shared_blocks
-from geoengine.export.model import check_tower
+from geoengine.export.towers import tower_parts
 from geoengine.export.weights import State, fit, read_state
 
 RANDOM = "none"
@@ -42,7 +42,7 @@ def load_clip_encoders(
     _check_names(model, pretrained)
     names = [PHOTO, *map(encoder_name, levels)]
     files = {} if checkpoints is None else _checkpoint_files(checkpoints, names)
-    tower, mean, std = _architecture(model, pretrained)
+    tower = _architecture(model, pretrained)
     reference = {name: tensor.to("meta") for name, tensor in tower.state_dict().items()}
     own, scales = {}, {}
     for name, file in files.items():
@@ -55,15 +55,17 @@ def load_clip_encoders(
         states = {name: {**base, **own.get(name, {})} for name in names}
         if pretrained == RANDOM:
             states = {name: _random_head(base, seed) for seed, name in enumerate(names)}
+    layers, preprocessing = len(tower_parts(tower).blocks), tower.preprocess_cfg
     return EncoderSet(
         model=model,
         pretrained="checkpoints" if files or _is_file(pretrained) else pretrained,
         world="earth",
         towers={name: _with_weights(tower, states[name]) for name in names},
-        trunk_layers=shared_blocks(states, max(len(tower.transformer.resblocks) - HEAD_LAYERS, 0)),
+        trunk_layers=shared_blocks(states, max(layers - HEAD_LAYERS, 0)),
         levels=tuple(levels),
-        mean=mean,
-        std=std,
+        mean=tuple(preprocessing["mean"]),
+        std=tuple(preprocessing["std"]),
+        resize_mode=preprocessing["resize_mode"],
         logit_scale={name: scales.get(name) or scale or DEFAULT_LOGIT_SCALE for name in names[1:]},
     )
 
@@ -111,11 +113,13 @@ def _checkpoint_files(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-_Rgb = tuple[float, float, float]
+_PREPROCESSING = {"interpolation": ("bicubic",), "resize_mode": RESIZE_MODES}
+"""The choices of preprocessing that a bundle can have."""
 
 
-def _architecture(model: str, pretrained: str) -> tuple[Any, _Rgb, _Rgb]:
-    """Return the vision tower with random weights, and the mean and std of its preprocessing."""
+def _architecture(model: str, pretrained: str) -> Any:  # noqa: ANN401  # open_clip is untyped
+    """Return the vision tower with random weights; its `preprocess_cfg` is that of the pretrained weights."""
+    preprocessing = _preprocessing(model, pretrained)
     config = {} if pretrained == RANDOM else open_clip.get_pretrained_cfg(model, pretrained)
     try:
         with torch.random.fork_rng(devices=[]), _quiet():
@@ -126,23 +130,33 @@ def _architecture(model: str, pretrained: str) -> tuple[Any, _Rgb, _Rgb]:
                 precision="fp32",
                 # OpenAI's weights need QuickGELU whatever the model is called
                 force_quick_gelu=bool(config.get("quick_gelu", False)),
-                force_preprocess_cfg={key: config[key] for key in _PREPROCESSING if key in config},
+                force_preprocess_cfg=preprocessing,
             )
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         raise ExportError(f"open_clip cannot make the model {model}: {error}") from error
     tower = clip.visual.eval().requires_grad_(False)
-    check_tower(tower)
-    preprocessing = tower.preprocess_cfg
-    for key, value in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
-        if preprocessing[key] != value:
+    tower_parts(tower)
+    for key, known in _PREPROCESSING.items():
+        if tower.preprocess_cfg[key] not in known:
             raise ExportError(
-                f"{model} with {pretrained!r} was trained with {key} {preprocessing[key]!r}; "
-                f"only {value!r} can be exported"
+                f"{model} with {pretrained!r} was trained with {key} {tower.preprocess_cfg[key]!r}; "
+                f"only {' and '.join(map(repr, known))} can be exported"
             )
-    return tower, tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    return tower
 
 
-_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+def _preprocessing(model: str, pretrained: str) -> dict[str, Any]:
+    """Return what a tag says of its preprocessing; for other weights, what all the model's tags agree on."""
+    known = open_clip.list_pretrained_tags_by_model(model)
+    tags = [pretrained] if pretrained in known else known
+    configs = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    keys = ("mean", "std", *_PREPROCESSING)
+    return {
+        key: config[key]
+        for config in configs[:1]
+        for key in keys
+        if key in config and all(other.get(key) == config[key] for other in configs)
+    }
 
 
 @contextmanager
@@ -197,7 +211,7 @@ def _read_tower(file: Path, reference: State) -> tuple[dict[str, torch.Tensor], 
     """Read a whole tower or its last part, checked, and the logit scale if there is one."""
     state, scale = _split_clip(read_state(file))
     expected = list(reference)
-    if "conv1.weight" not in state:
+    if not any(name in state for name in reference if in_trunk(name, 0)):
         blocks = [block for block in map(block_of, state) if block is not None]
         first = min(blocks, default=len(reference))
         expected = [name for name in reference if not in_trunk(name, first)]

@@ -19,14 +19,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from geoengine.engine.errors import ExportError
 from geoengine.engine.manifest import PHOTO, encoder_name
+from geoengine.export.towers import TowerParts, tower_parts
 from geoengine.export.weights import State, fit, read_state
+
+if TYPE_CHECKING:
+    from geoengine.export.model import Head, Trunk
 
 DEFAULT_LOGIT_SCALE = 100.0  # CLIP's own, trained up to its bound
 _FOLDER_CONFIG = "encoders.json"
@@ -90,7 +94,9 @@ class EncoderSet:
 
     `towers` holds one complete float32 vision tower per encoder, keyed "photo" and "z04" to "z16".
     `trunk_layers` is the number of leading transformer blocks that they share. `logit_scale` multiplies a
-    map encoder's cosines before a softmax. `mean` and `std` are per RGB channel, of pixels in 0 to 1.
+    map encoder's cosines before a softmax. `mean` and `std` are per RGB channel, of pixels in 0 to 1, and
+    `resize_mode` says how a photo becomes a square: "shortest" scales its shorter side and keeps the middle,
+    "squash" scales both sides. `trunk_layers` is None when not even what comes before the blocks is shared.
     `pretrained` is "none" when the weights are random.
     """
 
@@ -98,10 +104,11 @@ class EncoderSet:
     pretrained: str
     world: str
     towers: Mapping[str, nn.Module]
-    trunk_layers: int
+    trunk_layers: int | None
     levels: tuple[int, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resize_mode: str = "shortest"
     logit_scale: Mapping[str, float]
 
     def __post_init__(self) -> None:
@@ -115,30 +122,57 @@ class EncoderSet:
     @property
     def image_size(self) -> int:
         """The side in pixels of the square pictures that the towers take."""
-        return int(self._tower.image_size[0])
+        return self._parts.image_size
 
     @property
     def embed_dim(self) -> int:
         """The length of an embedding."""
-        return int(self._tower.output_dim)
+        return self._parts.embed_dim
+
+    def trunk(self, side: int) -> Trunk:
+        """Return the trunk that the encoders share, for pictures of `side` pixels."""
+        from geoengine.export.model import Trunk
+
+        return Trunk(self.towers[PHOTO], blocks=self.trunk_layers, side=side, mean=self.mean, std=self.std)
+
+    def head(self, name: str) -> Head:
+        """Return the head of an encoder."""
+        from geoengine.export.model import Head
+
+        return Head(self.towers[name], trunk_layers=self.trunk_layers, mean=self.mean, std=self.std)
 
     @property
-    def _tower(self) -> Any:  # noqa: ANN401  # open_clip is untyped
-        return self.towers[PHOTO]
+    def _parts(self) -> TowerParts:
+        return tower_parts(self.towers[PHOTO])
+
+
+# How state-dict names begin in open_clip's own vision transformers, and in timm's within them.
+_BLOCKS = ("transformer.resblocks.", "trunk.blocks.")
+_AFTER_BLOCKS = (
+    "ln_post.",
+    "proj",
+    "trunk.norm.",
+    "trunk.attn_pool.",
+    "trunk.fc_norm.",
+    "trunk.head.",
+    "head.",
+)
 
 
 def block_of(name: str) -> int | None:
     """Return the number of the transformer block that a state-dict name belongs to, None outside them."""
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["transformer", "resblocks"] else None
+    for start in _BLOCKS:
+        if name.startswith(start):
+            return int(name.removeprefix(start).split(".")[0])
+    return None
 
 
-def in_trunk(name: str, trunk_layers: int) -> bool:
+def in_trunk(name: str, trunk_layers: int | None) -> bool:
     """Tell whether a tower's state-dict name is in its stem or its first `trunk_layers` blocks."""
     block = block_of(name)
-    if block is None:
-        return name != "proj" and not name.startswith("ln_post.")
-    return block < trunk_layers
+    if trunk_layers is None:
+        return False
+    return not name.startswith(_AFTER_BLOCKS) if block is None else block < trunk_layers
 
 
 def state_digest(state: State) -> str:
@@ -151,19 +185,13 @@ def state_digest(state: State) -> str:
     return digest.hexdigest()
 
 
-def shared_blocks(states: Mapping[str, State], limit: int) -> int:
+def shared_blocks(states: Mapping[str, State], limit: int) -> int | None:
     """Count the leading blocks, at most `limit`, whose tensors have the same SHA-256 in every encoder.
 
-    Raises ExportError when the patch embedding (what comes before the blocks) already differs.
+    None when what comes before the blocks, the patch embedding, already differs.
     """
-    (first, reference), *others = states.items()
-    stem = _block_digest(reference, None)
-    for name, state in others:
-        if _block_digest(state, None) != stem:
-            raise ExportError(
-                f"the patch embeddings of {first} and {name} differ, so these encoders cannot share a trunk; "
-                "fine-tune only transformer blocks, ln_post and proj"
-            )
+    if len({_block_digest(state, None) for state in states.values()}) > 1:
+        return None
     for block in range(limit):
         if len({_block_digest(state, block) for state in states.values()}) > 1:
             return block

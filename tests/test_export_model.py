@@ -1,21 +1,23 @@
-"""The explicit trunk and heads against open_clip's own tower and preprocessing."""
+"""Trunks and heads as graphs against the towers that they come from, and the resize against Pillow."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from open_clip.transformer import VisionTransformer
+from made_encoders import MEAN, SMALL, STD, encode, expected, run_graph, shaken, timm_tower, write_encoder
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
+from timm.layers import GELUTanh
 
 from geoengine.engine.errors import ExportError
-from geoengine.export.encoders import VisionConfig
+from geoengine.engine.manifest import Variant
 from geoengine.export.model import Head, Trunk
+from geoengine.export.onnx_graphs import write_trunks
 from geoengine.export.resample import resize_matrix
 
 torch.set_num_threads(1)
-TINY = VisionConfig(image_size=16, patch_size=8, width=32, layers=3, heads=4, output_dim=24, quick_gelu=True)
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
 def pictures(side: int, count: int = 3) -> np.ndarray:
@@ -31,13 +33,14 @@ def pictures(side: int, count: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [(256, 224), (512, 224), (128, 112), (100, 112), (7, 3), (3, 16), (1, 4)],
+    [(256, 224), (512, 224), (128, 112), (100, 112), (224, 224), (7, 3), (3, 16), (1, 4)],
 )
-def test_resize_equals_pillow(source, target):
-    vision = dataclasses.replace(TINY, image_size=target, patch_size=target)
-    trunk = Trunk(vision.build(), blocks=0, side=source, mean=MEAN, std=STD)
+def test_resize_equals_pillow(source, target, tmp_path):
+    tower = dataclasses.replace(SMALL, image_size=target, patch_size=target).build()
+    trunk = Trunk(tower, blocks=None, side=source, mean=MEAN, std=STD)  # gives scaled pixels, in one patch
+    file = write_trunks({source: trunk}, tmp_path, variant=Variant.fp32)[source]
     batch = pictures(source)
-    ours = trunk.resize(torch.from_numpy(batch)).permute(0, 2, 3, 1).numpy()
+    ours = run_graph(file, batch).reshape(3, 3, target, target).transpose(0, 2, 3, 1) * 64 + 128
     size = (target, target)
     pillow = np.stack([Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in batch])
     assert np.abs(ours - pillow).max() <= 1
@@ -50,47 +53,86 @@ def test_resize_rows_sum_to_one():
     np.testing.assert_allclose(matrix.sum(1), 1.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("quick_gelu", [True, False])
-@pytest.mark.parametrize("trunk_layers", [0, 1, 2])
+def check(tower, folder, blocks):
+    """Hold a tower's graphs to the tower."""
+    batch = pictures(16)
+    files = write_encoder(tower, folder, blocks=blocks)
+    np.testing.assert_allclose(encode(files, 16, batch), expected(tower, batch), atol=2e-6)
+    return run_graph(files[16], batch)
+
+
+@pytest.mark.parametrize("activation", [QuickGELU, torch.nn.GELU, GELUTanh])
+@pytest.mark.parametrize("blocks", [None, 0, 1, 2])
 @pytest.mark.parametrize(
-    "extra", [{}, {"no_ln_pre": True}, {"ls_init_value": 0.3}, {"final_ln_after_pool": True}]
+    "extra",
+    [{}, {"no_ln_pre": True}, {"ls_init_value": 0.3}, {"final_ln_after_pool": True}, {"pool_type": "avg"}],
 )
-def test_trunk_and_head_equal_the_tower(quick_gelu, trunk_layers, extra):
-    torch.manual_seed(3)
-    vision = dataclasses.replace(TINY, quick_gelu=quick_gelu)
-    activation = type(vision.build().transformer.resblocks[0].mlp.gelu)
-    tower = VisionTransformer(
-        image_size=16, patch_size=8, width=32, layers=3, heads=4, mlp_ratio=4.0, output_dim=24,
-        act_layer=activation, **extra,
-    ).eval()  # fmt: skip
-    for parameter in tower.parameters():  # biases and norms start at 0 and 1, which would hide mistakes
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    batch = torch.from_numpy(pictures(16))
-    normalised = batch.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]
-    normalised = normalised / torch.tensor(STD)[:, None, None]
-    with torch.no_grad():
-        expected = torch.nn.functional.normalize(tower(normalised), dim=-1)
-        tokens = Trunk(tower, blocks=trunk_layers, side=16, mean=MEAN, std=STD)(batch)
-        embedding = Head(tower, trunk_layers=trunk_layers)(tokens)
-    assert tokens.shape == (3, 5, 32)
-    torch.testing.assert_close(embedding, expected, atol=2e-6, rtol=0)
+def test_open_clip_towers(activation, blocks, extra, tmp_path):
+    sizes = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 3, "heads": 4, "mlp_ratio": 4.0}
+    tower = shaken(VisionTransformer(**sizes, output_dim=24, act_layer=activation, **extra))
+    tokens = check(tower, tmp_path, blocks)
+    assert tokens.shape == ((3, 4, 192) if blocks is None else (3, 5, 32))
+
+
+@pytest.mark.parametrize("blocks", [None, 0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # as SigLIP
+        {"act_layer": "gelu_tanh"},  # as SigLIP's SO400M
+        {"class_token": True, "reg_tokens": 2},
+        {"class_token": True, "global_pool": "token", "pre_norm": True, "act_layer": "quick_gelu"},
+        {"global_pool": "avg", "reg_tokens": 1, "no_embed_class": True, "init_values": 0.3},
+        {"global_pool": "avg", "fc_norm": False, "num_classes": 24, "qkv_bias": False},
+        {"proj": "linear"},
+    ],
+)
+def test_timm_towers(blocks, options, tmp_path):
+    check(shaken(timm_tower(**options)), tmp_path, blocks)
+
+
+def test_a_tower_without_projection(tmp_path):
+    tower = shaken(SMALL.build())
+    tower.proj = None
+    check(tower, tmp_path, 1)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool_type": "avg"}, 'pooling "avg"'),
+        ({"pool_type": "none"}, 'pooling "none"'),
         ({"attentional_pool": True}, "attentional pooling"),
         ({"qk_norm": True}, "custom attention blocks"),
         ({"output_tokens": True}, "token outputs"),
         ({"image_size": (16, 24)}, "16x24 pixels"),
+        ({"image_size": 18}, "18x18 pixels in patches of 8"),
         ({"act_layer": torch.nn.ReLU}, "activation ReLU"),
     ],
 )
-def test_other_towers_are_refused(options, message):
+def test_other_open_clip_towers_are_refused(options, message):
     sizes = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 3, "heads": 4, "mlp_ratio": 4.0}
     tower = VisionTransformer(**{**sizes, "output_dim": 24, **options})
     with pytest.raises(ExportError, match=message):
         Trunk(tower, blocks=1, side=16, mean=MEAN, std=STD)
-    with pytest.raises(ExportError, match="only open_clip's VisionTransformer"):
-        Head(torch.nn.Linear(2, 2), trunk_layers=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qk_norm": True}, "custom attention blocks"),
+        ({"global_pool": "max"}, 'pooling "max"'),
+        ({"pos_embed": ""}, "no position embedding"),
+        ({"proj": "mlp"}, "a projection of several layers"),
+    ],
+)
+def test_other_timm_towers_are_refused(options, message):
+    with pytest.raises(ExportError, match=message):
+        Head(timm_tower(**options), trunk_layers=1, mean=MEAN, std=STD)
+
+
+def test_networks_that_are_no_vision_transformers_are_refused():
+    with pytest.raises(ExportError, match="type Linear cannot be exported"):
+        Head(torch.nn.Linear(2, 2), trunk_layers=0, mean=MEAN, std=STD)
+    tower = TimmModel("test_resnet", embed_dim=24, image_size=16, pool="avg", proj="linear")
+    with pytest.raises(ExportError, match=r"type ResNet \(timm\) cannot be exported"):
+        Head(tower, trunk_layers=0, mean=MEAN, std=STD)

@@ -24,7 +24,7 @@ PACKAGES = PROJECT["tool"]["scikit-build"]["wheel"]["packages"]
 RANKS = {"kernels": 0, "engine": 1, "export": 2, "bench": 3, "training": 3, "geoengine": 4}
 
 # Slow to import, or not part of a base install.
-HEAVY = {"cv2", "httpx", "onnx", "onnxruntime", "onnxscript", "open_clip", "PIL", "pillow_heif", "pmtiles"}
+HEAVY = {"cv2", "httpx", "onnx", "onnxruntime", "onnx_ir", "open_clip", "PIL", "pillow_heif", "pmtiles"}
 HEAVY |= {"sqlite3", "tensorrt", "torch"}
 
 
@@ -125,7 +125,7 @@ def test_the_command_is_installed():
 def test_engine_and_kernels_import_without_torch():
     code = """
 import importlib, pkgutil, sys
-for name in ("torch", "open_clip", "onnx", "onnxscript", "tensorrt"):
+for name in ("torch", "open_clip", "onnx", "onnx_ir", "tensorrt"):
     sys.modules[name] = None
 import geoengine.engine, geoengine.kernels
 for package in (geoengine.engine, geoengine.kernels):
@@ -179,7 +179,7 @@ def test_every_machine_gets_exactly_one_onnx_runtime(system, machine, wheel):
 
 def test_a_base_install_needs_neither_torch_nor_onnx():
     names = {Requirement(text).name for text in PROJECT["project"]["dependencies"]}
-    assert not names & {"onnx", "onnxscript", "open-clip-torch", "open_clip_torch", "opencv-python", "torch"}
+    assert not names & {"onnx", "onnx-ir", "open-clip-torch", "open_clip_torch", "opencv-python", "torch"}
 
 
 def test_type_checkers_see_the_installed_layout():
