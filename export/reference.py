@@ -67,6 +67,7 @@ def reference_embeddings(
         mean=encoders.mean,
         std=encoders.std,
         interpolation="bicubic",
+        resize_mode=encoders.resize_mode,
     )
     batch = torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
     with torch.inference_mode():

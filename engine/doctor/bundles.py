@@ -17,7 +17,7 @@ _EXPORT_PACKAGES = {
     "torch": "torch",
     "open_clip": "open_clip_torch",
     "onnx": "onnx",
-    "onnxscript": "onnxscript",
+    "onnx_ir": "onnx-ir",
     "safetensors": "safetensors",
 }
 
