@@ -1,24 +1,28 @@
 """What the compiled kernel and its reference share: the checks, and their words."""
 
+from __future__ import annotations
+
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Rows = npt.NDArray[np.float32] | npt.NDArray[np.float16]
-Integers = npt.NDArray[np.int64] | npt.NDArray[np.int32]
-Answer = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+from geoengine.kernels.int8 import FLOATS, Int8Rows, ready_rows
+from geoengine.kernels.tensors import Array, HostTensor, either, matrix, tensor
+
+Answer: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
 
 class Arguments(NamedTuple):
-    """Checked arguments, ready for the extension.
+    """Checked arguments, ready for the extension, in its order.
 
-    `embeddings` [n, d] with values side by side in a row, and C-contiguous float32 `queries` [m, d]; 1 <= k;
-    int64 `rows` [r] and `segments` [m + 1]; `threads` is None for automatic.
+    `embeddings` [n, d] has its values side by side in a row, bfloat16 as its bits in uint16, int8 with
+    `scales` [n]; float32 `queries` [m, d] is C-contiguous; 1 <= k; `rows` [r] and `segments` [m + 1] are
+    int64; `threads` is None for automatic.
     """
 
-    embeddings: Rows
+    embeddings: npt.NDArray[Any]
     queries: npt.NDArray[np.float32]
     k: int
     rows: npt.NDArray[np.int64] | None
@@ -26,6 +30,9 @@ class Arguments(NamedTuple):
     normalized: bool
     out: Answer | None
     threads: int | None
+    scales: npt.NDArray[np.float32] | None
+    bfloat16: bool
+    scan: Int8Rows | None
 
     @property
     def lists(self) -> list[slice]:
@@ -46,42 +53,59 @@ class Arguments(NamedTuple):
             return min(self.k, self.candidates)
         return min(self.k, int(np.diff(self.segments).max(initial=0)))
 
+    def values(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return rows of the embeddings in float64."""
+        taken = self.embeddings[numbers]
+        if self.bfloat16:
+            taken = _widened(taken)
+        wide: npt.NDArray[np.float64] = taken.astype(np.float64)
+        return wide if self.scales is None else wide * self.scales[numbers, None].astype(np.float64)
+
 
 def checked(
-    embeddings: Rows,
-    queries: Rows,
+    embeddings: Array | Int8Rows,
+    queries: Array,
     k: int,
-    rows: Integers | None = None,
-    segments: Integers | None = None,
+    rows: Array | None = None,
+    segments: Array | None = None,
     normalized: bool = False,
     out: Answer | None = None,
     threads: int | None = None,
+    scan: Int8Rows | None = None,
 ) -> Arguments:
     """Return the arguments of `cosine_topk` ready for use; copies queries and row numbers where it must."""
-    table = _matrix("embeddings", embeddings)
-    photos = _matrix("queries", queries)
-    if photos.shape[1] != table.shape[1]:
+    scales = None
+    if isinstance(embeddings, Int8Rows):
+        table = _host_matrix("embeddings.values", embeddings.values, ("int8",))
+        scales = _row_floats("embeddings.scales", embeddings.scales, len(table.array))
+    else:
+        table = _host_matrix("embeddings", embeddings, FLOATS)
+    n, d = table.array.shape
+    photos = _host_matrix("queries", queries, FLOATS)
+    if photos.array.shape[1] != d:
         raise ValueError(
-            f"queries must be [m, {table.shape[1]}] like embeddings of shape {table.shape}, "
-            f"got shape {photos.shape}"
+            f"queries must be [m, {d}] like embeddings of shape {(n, d)}, got shape {photos.array.shape}"
         )
-    if not isinstance(normalized, bool | np.bool_):
-        raise TypeError(f"normalized must be True or False, got {type(normalized).__name__}")
+    m = len(photos.array)
+    wide = _widened(photos.array) if photos.dtype == "bfloat16" else photos.array
     arguments = Arguments(
-        _ready_rows(table),
-        np.ascontiguousarray(photos, dtype=np.float32),
-        min(_at_least_one("k", k), np.iinfo(np.int64).max),
+        ready_rows("embeddings", table.array),
+        np.ascontiguousarray(wide, dtype=np.float32),
+        min(at_least_one("k", k), np.iinfo(np.int64).max),
         None if rows is None else _integers("rows", rows),
         None if segments is None else _integers("segments", segments),
-        bool(normalized),
+        truth("normalized", normalized),
         None,
-        None if threads is None else min(_at_least_one("threads", threads), max(len(table), 1)),
+        None if threads is None else min(at_least_one("threads", threads), max(n, 1)),
+        scales,
+        table.dtype == "bfloat16",
+        None if scan is None else _ready_scan(scan, n, d, scales is not None),
     )
     if arguments.rows is not None:
-        _check_rows(arguments.rows, len(table))
+        _check_rows(arguments.rows, n)
     if arguments.segments is not None:
-        _check_segments(arguments.segments, len(photos), arguments.candidates)
-    return arguments if out is None else arguments._replace(out=_ready_out(out, len(photos), arguments.kept))
+        _check_segments(arguments.segments, m, arguments.candidates)
+    return arguments if out is None else arguments._replace(out=_ready_out(out, m, arguments.kept))
 
 
 def not_finite(name: str, row: int) -> ValueError:
@@ -89,38 +113,75 @@ def not_finite(name: str, row: int) -> ValueError:
     return ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
 
 
-def _matrix(name: str, array: Rows) -> Rows:
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    if array.dtype != np.float32 and array.dtype != np.float16:
-        raise TypeError(f"{name} must be float32 or float16, got {array.dtype}")
-    if array.ndim != 2:
-        raise ValueError(f"{name} must have two dimensions (rows, d), got shape {array.shape}")
-    return array
+def at_least_one(name: str, value: int) -> int:
+    """Return a number of 1 or more; raises TypeError or ValueError, naming it."""
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
-def _ready_rows(table: Rows) -> Rows:
-    n, d = table.shape
-    size = table.itemsize
-    side_by_side = n == 0 or d <= 1 or table.strides[1] == size
-    row_after_row = n <= 1 or (table.strides[0] >= d * size and table.strides[0] % size == 0)
-    if not (side_by_side and row_after_row and table.flags.aligned):
-        raise ValueError(
-            "embeddings must be aligned, with values side by side in a row and each row after the one "
-            f"before, got shape {table.shape} with strides of {table.strides} bytes: they are not copied "
-            "unasked, so pass numpy.ascontiguousarray(embeddings)"
-        )
-    return table
+def truth(name: str, value: bool) -> bool:
+    """Return a truth value; raises TypeError, naming it, for anything else."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return bool(value)
 
 
-def _integers(name: str, array: Integers) -> npt.NDArray[np.int64]:
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    if array.dtype != np.int64 and array.dtype != np.int32:
-        raise TypeError(f"{name} must be int64 or int32, got {array.dtype}")
-    if array.ndim != 1:
-        raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
-    return np.ascontiguousarray(array, dtype=np.int64)
+def _host(name: str, value: object) -> HostTensor:
+    found = tensor(name, value)
+    if not isinstance(found, HostTensor):
+        raise ValueError(f"{name} must be on the CPU like embeddings, got {found.place}")
+    return found
+
+
+def _host_matrix(name: str, value: object, dtypes: tuple[str, ...]) -> HostTensor:
+    if isinstance(value, Int8Rows):
+        raise TypeError(f"{name} must be {either(dtypes)}, got Int8Rows")
+    found = _host(name, value)
+    if found.dtype == "int8" and dtypes == FLOATS:
+        raise TypeError(f"{name} of int8 need a scale for each row: pass Int8Rows(values, scales)")
+    matrix(name, found, dtypes)
+    return found
+
+
+def _row_floats(name: str, value: object, n: int) -> npt.NDArray[np.float32]:
+    found = _host(name, value)
+    if found.dtype != "float32":
+        raise TypeError(f"{name} must be float32, got {found.dtype}")
+    if found.array.shape != (n,):
+        raise ValueError(f"{name} must have shape {(n,)}, one for each row, got {found.array.shape}")
+    return np.ascontiguousarray(found.array)
+
+
+def _ready_scan(scan: Int8Rows, n: int, d: int, int8: bool) -> Int8Rows:
+    if not isinstance(scan, Int8Rows):
+        raise TypeError(f"scan must be Int8Rows, got {type(scan).__name__}")
+    if int8:
+        raise ValueError("scan speeds up embeddings of floats: embeddings are Int8Rows already")
+    if scan.errors is None or scan.lengths is None:
+        raise ValueError("scan must come from quantize_rows(embeddings): its errors or lengths are missing")
+    values = _host_matrix("scan.values", scan.values, ("int8",)).array
+    if values.shape != (n, d):
+        raise ValueError(f"scan must have the shape of embeddings, {(n, d)}, got {values.shape}")
+    floats = (scan.scales, scan.errors, scan.lengths)
+    names = ("scan.scales", "scan.errors", "scan.lengths")
+    return Int8Rows(
+        ready_rows("scan.values", values),
+        *(_row_floats(name, value, n) for name, value in zip(names, floats, strict=True)),
+    )
+
+
+def _integers(name: str, value: object) -> npt.NDArray[np.int64]:
+    found = _host(name, value)
+    if found.dtype not in ("int64", "int32"):
+        raise TypeError(f"{name} must be int64 or int32, got {found.dtype}")
+    if found.array.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {found.array.shape}")
+    return np.ascontiguousarray(found.array, dtype=np.int64)
 
 
 def _check_rows(rows: npt.NDArray[np.int64], n: int) -> None:
@@ -163,11 +224,5 @@ def _ready_out(out: Answer, m: int, k: int) -> Answer:
     return out
 
 
-def _at_least_one(name: str, value: int) -> int:
-    try:
-        number = index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number
+def _widened(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)

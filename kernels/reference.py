@@ -3,29 +3,33 @@
 import numpy as np
 import numpy.typing as npt
 
-from geoengine.kernels.arguments import Answer, Integers, Rows, checked, not_finite
+from geoengine.kernels.arguments import Answer, checked, not_finite
+from geoengine.kernels.int8 import Int8Rows
+from geoengine.kernels.tensors import Array
 
 
 def cosine_topk(
-    embeddings: Rows,
-    queries: Rows,
+    embeddings: Array | Int8Rows,
+    queries: Array,
     k: int,
     *,
-    rows: Integers | None = None,
-    segments: Integers | None = None,
+    rows: Array | None = None,
+    segments: Array | None = None,
     normalized: bool = False,
+    scan: Int8Rows | None = None,
     out: Answer | None = None,
     threads: int | None = None,
 ) -> Answer:
     """Return what `geoengine.kernels.cosine_topk` returns, from sums in float64 rounded once to float32.
 
-    Arguments, order, ties and errors are those of the compiled kernel; scores agree to 1e-6, the rounding of
-    fp32 sums. `threads` is checked and not used. Makes a float64 copy of the embeddings.
+    Arguments, order, ties and errors are those of the compiled kernel on the CPU; cosines agree to 1e-6, the
+    rounding of fp32 sums. `scan` and `threads` are checked and not used. Makes a float64 copy of the
+    embeddings.
     """
-    call = checked(embeddings, queries, k, rows, segments, normalized, out, threads)
+    call = checked(embeddings, queries, k, rows, segments, normalized, out, threads, scan)
     photo_units = _units(_finite("queries", call.queries, np.arange(len(call.queries))))
     numbers = np.arange(len(call.embeddings)) if call.rows is None else call.rows
-    candidates = _finite("embeddings", call.embeddings[numbers], numbers)
+    candidates = _finite("embeddings", call.values(numbers), numbers)
     if not call.normalized:
         candidates = _units(candidates)
     shape = (len(photo_units), call.kept)
@@ -45,7 +49,9 @@ def cosine_topk(
     return scores, indices
 
 
-def _finite(name: str, values: Rows, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def _finite(
+    name: str, values: npt.NDArray[np.floating], numbers: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if bad.size:
         raise not_finite(name, int(numbers[bad[0]]))

@@ -132,7 +132,7 @@ def good(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (good(rows=[0]), TypeError, "rows must be a NumPy array, got list"),
+        (good(rows=[0]), TypeError, "rows must be a NumPy array or an array with .*, got list"),
         (good(rows=np.ones(2)), TypeError, "rows must be int64 or int32, got float64"),
         (good(rows=np.zeros((1, 2), int)), ValueError, r"rows must have one dimension, got shape \(1, 2\)"),
         (
@@ -145,7 +145,7 @@ def good(**changes: object) -> dict[str, object]:
             IndexError,
             r"rows must be row numbers of embeddings, in \[0, 4\), got -1 at position 2",
         ),
-        (good(segments=(0, 3)), TypeError, "segments must be a NumPy array, got tuple"),
+        (good(segments=(0, 3)), TypeError, "segments must be a NumPy array or an array with .*, got tuple"),
         (good(segments=np.zeros(3, np.uint8)), TypeError, "segments must be int64 or int32, got uint8"),
         (good(segments=np.array([0, 3])), ValueError, r"segments must hold m \+ 1 = 3 positions, got 2"),
         (

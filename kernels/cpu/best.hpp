@@ -35,6 +35,9 @@ class Best {
     if (score > threshold_) insert(score, row);
   }
 
+  // A score that is not above this is not among the k best.
+  float threshold() const { return threshold_; }
+
   const std::vector<Scored>& kept() const { return kept_; }
 
  private:

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "dlpack.hpp"
 #include "topk.hpp"
 
 namespace py = pybind11;
@@ -39,6 +40,13 @@ bool is_vector_of_int64(const py::array& array) {
 
 bool is_array(const py::object& object) { return py::isinstance<py::array>(object); }
 
+bool read_floats(const py::object& object, std::int64_t n, const float*& out) {
+  if (!py::isinstance<py::array_t<float>>(object)) return false;
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  out = static_cast<const float*>(array.data());
+  return array.ndim() == 1 && array.shape(0) == n && has_flags(array, kReady);
+}
+
 // Rows may lie apart, but the values of a row side by side.
 bool read_rows(const py::object& object, const py::object& scales, bool bfloat16, bool unit, cpu::Rows& rows) {
   if (!is_array(object)) return false;
@@ -66,12 +74,22 @@ bool read_rows(const py::object& object, const py::object& scales, bool bfloat16
   if (rows.n > 1 && (array.strides(0) % size != 0 || rows.stride < rows.d)) return false;
   rows.scales = nullptr;
   if (rows.type == cpu::RowType::i8) {
-    if (!py::isinstance<py::array_t<float>>(scales)) return false;
-    const auto factors = py::reinterpret_borrow<py::array>(scales);
-    if (factors.ndim() != 1 || factors.shape(0) != rows.n || !has_flags(factors, kReady)) return false;
-    rows.scales = static_cast<const float*>(factors.data());
+    return read_floats(scales, rows.n, rows.scales);
   }
   return true;
+}
+
+// An Int8Rows whose four members are there.
+bool read_look(const py::object& object, const cpu::Rows& rows, cpu::Int8Look& look) {
+  if (!PyTuple_Check(object.ptr()) || PyTuple_GET_SIZE(object.ptr()) != 4) return false;
+  const auto members = py::reinterpret_borrow<py::tuple>(object);
+  cpu::Rows values;
+  if (!read_rows(members[0], members[1], false, false, values) || values.type != cpu::RowType::i8) return false;
+  if (values.n != rows.n || values.d != rows.d || rows.type == cpu::RowType::i8) return false;
+  look.values = static_cast<const std::int8_t*>(values.data);
+  look.stride = values.stride;
+  look.scales = values.scales;
+  return read_floats(members[2], rows.n, look.errors) && read_floats(members[3], rows.n, look.lengths);
 }
 
 bool read_candidates(const py::object& numbers, const py::object& segments, std::int64_t n, std::int64_t m,
@@ -152,10 +170,12 @@ const cpu::Kernel& find_kernel(const py::object& wanted) {
 py::object cosine_topk(const py::object& embeddings, const py::object& queries, const py::object& k,
                        const py::object& numbers, const py::object& segments, const py::object& normalized,
                        const py::object& out, const py::object& threads, const py::object& scales, bool bfloat16,
-                       const py::object& kernel) {
+                       const py::object& scan, const py::object& kernel) {
   if (!PyBool_Check(normalized.ptr())) return py::none();
   cpu::Rows rows;
   if (!read_rows(embeddings, scales, bfloat16, normalized.ptr() == Py_True, rows)) return py::none();
+  cpu::Int8Look look;
+  if (!scan.is_none() && !read_look(scan, rows, look)) return py::none();
   if (!py::isinstance<py::array_t<float>>(queries)) return py::none();
   const auto photos = py::reinterpret_borrow<py::array>(queries);
   if (photos.ndim() != 2 || photos.shape(1) != rows.d || !has_flags(photos, kReady)) return py::none();
@@ -176,10 +196,31 @@ py::object cosine_topk(const py::object& embeddings, const py::object& queries, 
   cpu::Outcome outcome;
   {
     const py::gil_scoped_release released;
-    outcome = cpu::cosine_topk(chosen, rows, candidates, job, workers);
+    outcome = cpu::cosine_topk(chosen, rows, scan.is_none() ? nullptr : &look, candidates, job, workers);
   }
   if (outcome.status != cpu::Status::ok) refuse(outcome, candidates, rows.n);
   return py::make_tuple(std::move(scores), std::move(indices));
+}
+
+void quantize_rows(const py::array& embeddings, bool bfloat16, py::array_t<std::int8_t>& values,
+                   py::array_t<float>& scales, py::array_t<float>& errors, py::array_t<float>& lengths) {
+  cpu::Rows rows;
+  if (!read_rows(embeddings, py::none(), bfloat16, false, rows)) throw py::value_error("embeddings are not ready");
+  const bool sized = values.ndim() == 2 && values.shape(0) == rows.n && values.shape(1) == rows.d &&
+                     scales.size() == rows.n && errors.size() == rows.n && lengths.size() == rows.n;
+  for (const py::array& array : {py::array(values), py::array(scales), py::array(errors), py::array(lengths)}) {
+    if (!sized || !has_flags(array, kReadyToWrite)) throw py::value_error("the answer has no room");
+  }
+  const cpu::Int8Out out = {values.mutable_data(), scales.mutable_data(), errors.mutable_data(),
+                            lengths.mutable_data()};
+  std::int64_t bad;
+  {
+    const py::gil_scoped_release released;
+    bad = cpu::quantize_rows(rows, out);
+  }
+  if (bad >= 0) {
+    throw py::value_error("embeddings must be finite, got NaN or infinity in row " + std::to_string(bad));
+  }
 }
 
 std::vector<std::string> kernel_names() {
@@ -195,8 +236,17 @@ PYBIND11_MODULE(_topk_cpu, module, py::mod_gil_not_used()) {
   module.def("cosine_topk", &cosine_topk, py::arg("embeddings"), py::arg("queries"), py::arg("k"),
              py::arg("rows") = py::none(), py::arg("segments") = py::none(), py::arg("normalized") = false,
              py::arg("out") = py::none(), py::arg("threads") = py::none(),
-             py::arg("scales") = py::none(), py::arg("bfloat16") = false, py::arg("kernel") = py::none(),
+             py::arg("scales") = py::none(), py::arg("bfloat16") = false, py::arg("scan") = py::none(),
+             py::arg("kernel") = py::none(),
              "Arrays that are ready in, scores and indices out, or None where something is not ready; with bfloat16, "
              "embeddings of uint16 are the bits of bfloat16; kernel=None takes the fastest.");
+  module.def("quantize_rows", &quantize_rows, py::arg("embeddings"), py::arg("bfloat16"), py::arg("values").noconvert(),
+             py::arg("scales").noconvert(), py::arg("errors").noconvert(), py::arg("lengths").noconvert(),
+             "Writes the rows in int8 to the other arrays.");
+  module.def("read_dlpack", &cpu::read_dlpack, py::arg("capsule"),
+             "(owner, pointer, shape, strides in elements, kind, bits, device type, device) of a DLPack capsule.");
+  module.def("make_dlpack", &cpu::make_dlpack, py::arg("owner"), py::arg("pointer"), py::arg("shape"), py::arg("kind"),
+             py::arg("bits"), py::arg("device_type"), py::arg("device"),
+             "A DLPack capsule for C-contiguous memory that keeps its owner alive.");
   module.def("kernel_names", &kernel_names, "Kernels that this processor runs, fastest first.");
 }

@@ -1,6 +1,7 @@
-// The inner loop, written once over a vector type V of kLanes floats:
+// The inner loops, written once over a vector type V of kLanes floats:
 //   V::zero(), V::load(const T*), V::load(const T*, count < kLanes) with zeros after `count`,
-//   fma(V, V, V), sum(V) adding lanes i and i+8, then i+4, i+2, i+1; tile height V::rows and width V::queries.
+//   fma(V, V, V), and sum_four(const V[4], float[4]), each adding lanes i and i+8, then i+4, i+2, i+1;
+//   tile height V::rows and width V::queries, and height V::tall where there is one query; multiples of 4 or 1.
 // Included by files that are compiled for different processors: everything here has internal linkage and no
 // standard library function is used, so that the linker cannot share code between them.
 #pragma once
@@ -13,10 +14,23 @@
 namespace geoengine::cpu {
 namespace {
 
-// R rows by Q queries in registers; row and query vectors are loaded once for R*Q products.
-template <class V, class T, int R, int Q, bool Squares>
-void score_tile(const void* const* rows, std::int64_t d, const float* queries, std::int64_t stride, float* products,
-                std::int64_t products_stride, float* squares) {
+// Sums go to places that lie `stride` floats apart.
+template <class V, int Count>
+void sum_all(const V* sums, float* out, std::int64_t stride) {
+  for (int i = 0; i < Count; i += 4) {
+    V four[4];
+    float totals[4];
+    for (int j = 0; j < 4; ++j) four[j] = i + j < Count ? sums[i + j] : V::zero();
+    sum_four(four, totals);
+    for (int j = 0; j < 4 && i + j < Count; ++j) out[(i + j) * stride] = totals[j];
+  }
+}
+
+// R rows by Q queries in registers; row and query vectors are loaded once for R*Q products. With `Ahead`, what lies
+// `ahead` bytes on is fetched meanwhile.
+template <class V, class T, int R, int Q, bool Squares, bool Ahead>
+void score_tile(const void* const* rows, std::int64_t d, std::int64_t ahead, const float* queries, std::int64_t stride,
+                float* products, std::int64_t products_stride, float* squares) {
   V product[R][Q];
   V square[R];
   for (int r = 0; r < R; ++r) {
@@ -35,56 +49,117 @@ void score_tile(const void* const* rows, std::int64_t d, const float* queries, s
   V row[R];
   std::int64_t column = 0;
   for (; column + kLanes <= d; column += kLanes) {
-    for (int r = 0; r < R; ++r) row[r] = V::load(static_cast<const T*>(rows[r]) + column);
+    for (int r = 0; r < R; ++r) {
+      const T* const values = static_cast<const T*>(rows[r]) + column;
+      if constexpr (Ahead) __builtin_prefetch(reinterpret_cast<const char*>(values) + ahead);
+      row[r] = V::load(values);
+    }
     add(column, row);
   }
   if (column < d) {
     for (int r = 0; r < R; ++r) row[r] = V::load(static_cast<const T*>(rows[r]) + column, d - column);
     add(column, row);
   }
-  for (int r = 0; r < R; ++r) {
-    for (int q = 0; q < Q; ++q) products[r * products_stride + q] = sum(product[r][q]);
-    if constexpr (Squares) squares[r] = sum(square[r]);
+  if constexpr (Q == 1) {
+    sum_all<V, R>(&product[0][0], products, products_stride);
+  } else {
+    for (int r = 0; r < R; ++r) sum_all<V, Q>(product[r], products + r * products_stride, 1);
+  }
+  if constexpr (Squares) sum_all<V, R>(square, squares, 1);
+}
+
+template <class V, class T, bool Squares>
+void score_rows(const Strip& strip) {
+  constexpr int R = V::rows;
+  constexpr int Q = V::queries;
+  constexpr int Tall = V::tall;
+  static_assert(kStrip % R == 0 && kStrip % Tall == 0);
+  if (strip.m == 1) {
+    for (std::int64_t top = 0; top < strip.count; top += Tall) {
+      score_tile<V, T, Tall, 1, Squares, true>(strip.rows + top, strip.d, strip.ahead, strip.queries, strip.stride,
+                                               strip.products + top, 1, strip.squares + top);
+    }
+    return;
+  }
+  for (std::int64_t top = 0; top < strip.count; top += R) {
+    const auto tile = [&](auto kernel, std::int64_t query) {
+      kernel(strip.rows + top, strip.d, strip.ahead, strip.queries + query * strip.stride, strip.stride,
+             strip.products + top * strip.m + query, strip.m, strip.squares + top);
+    };
+    std::int64_t query = 0;
+    if (strip.m >= Q) {  // lengths once a row, with the first queries
+      tile(score_tile<V, T, R, Q, Squares, true>, query);
+      query += Q;
+    } else {
+      tile(score_tile<V, T, R, 1, Squares, true>, query);
+      query += 1;
+    }
+    for (; query + Q <= strip.m; query += Q) tile(score_tile<V, T, R, Q, false, false>, query);
+    for (; query < strip.m; ++query) tile(score_tile<V, T, R, 1, false, false>, query);
   }
 }
 
 template <class V, class T>
 void score_strip(const Strip& strip) {
-  constexpr int R = V::rows;
-  constexpr int Q = V::queries;
-  static_assert(kStrip % R == 0);
-  for (std::int64_t top = 0; top < strip.count; top += R) {
-    const auto tile = [&](auto kernel, std::int64_t query) {
-      kernel(strip.rows + top, strip.d, strip.queries + query * strip.stride, strip.stride,
-             strip.products + top * strip.m + query, strip.m, strip.squares + top);
-    };
-    std::int64_t query = 0;
-    if (strip.squares != nullptr) {  // once a row, with the first queries
-      if (strip.m >= Q) {
-        tile(score_tile<V, T, R, Q, true>, query);
-        query += Q;
-      } else {
-        tile(score_tile<V, T, R, 1, true>, query);
-        query += 1;
-      }
-    }
-    for (; query + Q <= strip.m; query += Q) tile(score_tile<V, T, R, Q, false>, query);
-    for (; query < strip.m; ++query) tile(score_tile<V, T, R, 1, false>, query);
+  if (strip.squares != nullptr) {
+    score_rows<V, T, true>(strip);
+  } else {
+    score_rows<V, T, false>(strip);
   }
 }
 
 // Copies `count` values and pads with zeros, for instruction sets without masked loads.
-template <class T>
+template <class T, std::int64_t Length = kLanes>
 struct Padded {
-  alignas(64) T values[kLanes] = {};
+  alignas(64) T values[Length] = {};
   Padded(const T* from, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) values[i] = from[i];
   }
 };
 
-template <class V>
+// Integer products over a vector type I: I::block bytes at a time, I::rows rows, I::Row of a row and I::Sum of sums:
+//   I::zero(), I::load(const int8_t*), I::load(const int8_t*, count < I::block) with zeros after `count`,
+//   I::add(Sum, Row, const int8_t* query), I::total(Sum); I::offset is what I::load adds to every byte.
+template <class I>
+void multiply_int8(const Int8Strip& strip) {
+  constexpr int R = I::rows;
+  static_assert(kStrip % R == 0 && kInt8Block % I::block == 0);
+  for (std::int64_t top = 0; top < strip.count; top += R) {
+    for (std::int64_t query = 0; query < strip.m; ++query) {
+      const std::int8_t* const first = strip.queries + 2 * query * strip.stride;
+      typename I::Sum sums[2][R];
+      for (int r = 0; r < R; ++r) sums[0][r] = sums[1][r] = I::zero();
+      const auto add = [&](std::int64_t column, int r, const typename I::Row& row) {
+        sums[0][r] = I::add(sums[0][r], row, first + column);
+        sums[1][r] = I::add(sums[1][r], row, first + strip.stride + column);
+      };
+      std::int64_t column = 0;
+      for (; column + I::block <= strip.d; column += I::block) {
+        for (int r = 0; r < R; ++r) {
+          __builtin_prefetch(strip.rows[top + r] + column + strip.ahead);
+          add(column, r, I::load(strip.rows[top + r] + column));
+        }
+      }
+      if (column < strip.d) {
+        for (int r = 0; r < R; ++r) add(column, r, I::load(strip.rows[top + r] + column, strip.d - column));
+      }
+      for (int plane = 0; plane < 2; ++plane) {
+        std::int32_t* const products = strip.products + (2 * query + plane) * kStrip + top;
+        const std::int32_t excess = I::offset * strip.sums[2 * query + plane];
+        for (int r = 0; r < R; ++r) products[r] = I::total(sums[plane][r]) - excess;
+      }
+    }
+  }
+}
+
+template <class V, class I>
 constexpr Kernel make_kernel(const char* name) {
-  return {name, score_strip<V, float>, score_strip<V, Half>, score_strip<V, BFloat16>, score_strip<V, std::int8_t>};
+  return {name,
+          score_strip<V, float>,
+          score_strip<V, Half>,
+          score_strip<V, BFloat16>,
+          score_strip<V, std::int8_t>,
+          multiply_int8<I>};
 }
 
 }  // namespace

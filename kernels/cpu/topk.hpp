@@ -21,6 +21,24 @@ struct Rows {
   bool unit;
 };
 
+// The same rows in int8, as `quantize_rows` makes them: row i differs from scales[i] * values by a vector no longer than
+// errors[i], and its length is lengths[i].
+struct Int8Look {
+  const std::int8_t* values;
+  std::int64_t stride;
+  const float* scales;
+  const float* errors;
+  const float* lengths;
+};
+
+// Where `quantize_rows` writes: values is n x d without gaps.
+struct Int8Out {
+  std::int8_t* values;
+  float* scales;
+  float* errors;
+  float* lengths;
+};
+
 // Which rows are scored. `rows` are `count` row numbers, or null: all rows in order, and count == n. `segments` are
 // m + 1 ascending positions from 0 to count, query j's list lying between the j-th and the next; or null: one list
 // for all queries. `longest` is the length of the longest list.
@@ -56,8 +74,12 @@ const std::vector<const Kernel*>& kernels();
 std::string name(const Kernel& kernel);
 
 // threads == 0 chooses: the calling thread alone when starting others would cost more than it saves.
-// A score does not depend on threads, on the kernel, or on what else is in the call.
-Outcome cosine_topk(const Kernel& kernel, const Rows& rows, const Candidates& candidates, const Queries& queries,
-                    std::int64_t threads);
+// A score does not depend on threads, on the kernel, or on what else is in the call. With a `look` at them, rows that
+// cannot be among the k best are not read in full; the answer is the same.
+Outcome cosine_topk(const Kernel& kernel, const Rows& rows, const Int8Look* look, const Candidates& candidates,
+                    const Queries& queries, std::int64_t threads);
+
+// Returns the first row that is not finite, or -1.
+std::int64_t quantize_rows(const Rows& rows, const Int8Out& out);
 
 }  // namespace geoengine::cpu
