@@ -5,7 +5,7 @@ PHOTO ?= $(firstword $(sort $(wildcard tests/data/photos/*.jpg)))
 VENV ?= .venv
 DIST ?= dist
 
-BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/* kernels/cuda/*)
 
 .PHONY: locate test lint readme wheel clean
 
