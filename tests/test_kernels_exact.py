@@ -19,9 +19,8 @@ def tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     n, d = draw(st.integers(1, 400)), draw(st.integers(1, 100))
     rows = rng.standard_normal((n, d))
     queries = rng.standard_normal((draw(st.integers(1, 4)), d))
-    kind = draw(
-        st.sampled_from(["plain", "clustered", "outlier", "duplicates", "integers", "lengths", "near ties"])
-    )
+    kinds = ["plain", "clustered", "outlier", "duplicates", "integers", "lengths", "near ties"]
+    kind = draw(st.sampled_from([*kinds, "aligned"]))
     if kind == "clustered":
         rows = rows * 0.05 + rng.standard_normal(d)
         queries = queries * 0.3 + rows[0]
@@ -34,10 +33,18 @@ def tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
         rows, queries = rng.integers(-1, 2, rows.shape), rng.integers(-1, 2, queries.shape)
     elif kind == "lengths":
         rows = rows * 10.0 ** rng.uniform(-44, 37, (n, 1))
+    elif kind == "aligned":  # rounding takes from each row what the query would see most of
+        sign = np.sign(queries[0])
+        rows = np.round(rows[:1] * 30).clip(-120, 120) + sign * rng.uniform(-0.49, 0.49, (n, 1))
+        rows[:, 0], queries[0] = 127, sign
     elif kind == "near ties":
         rows = rows[:1] * rng.uniform(0.5, 2, (n, 1)) * (1 + 1e-6 * rows)
     rows[rng.random(n) < 0.05] = 0
-    dtype = draw(st.sampled_from([np.float32, np.float16])) if kind != "lengths" else np.float32
+    dtype = (
+        draw(st.sampled_from([np.float32, np.float16]))
+        if kind not in ("lengths", "multiples")
+        else np.float32
+    )
     return rows.astype(dtype), queries.astype(np.float32)
 
 
@@ -69,6 +76,21 @@ def test_a_look_in_int8_first_serves_lists_too(table, k, seed):
     }
     expected = cosine_topk(rows, queries, k, **lists)
     assert same(cosine_topk(rows, queries, k, **lists, scan=quantize_rows(rows)), expected)
+
+
+def test_a_look_allows_for_the_rounding_of_query_and_scores():
+    # Multiples of one row that int8 holds without error: tied but for the rounding of their scores, and all
+    # seen too low or too high by the rounding of the query.
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        row = rng.integers(-120, 121, 64)
+        row[0] = 127
+        rows = (row * rng.integers(1, 4096, (1000, 1))).astype(np.float32)
+        scan = quantize_rows(rows)
+        assert not scan.errors.any()
+        queries = rng.standard_normal((4, 64)).astype(np.float32)
+        queries += row * np.float32(rng.choice([0, 0.01]))
+        assert same(cosine_topk(rows, queries, 8, scan=scan), cosine_topk(rows, queries, 8))
 
 
 @pytest.mark.parametrize("normalized", [True, False])

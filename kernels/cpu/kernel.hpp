@@ -13,8 +13,9 @@ constexpr std::int64_t kLanes = 16;
 constexpr std::int64_t kStrip = 16;
 
 // Products of `count` <= kStrip rows with m >= 1 queries. All kStrip pointers are readable: those past `count` repeat
-// a row. Memory `ahead` bytes further on is likely wanted next. Queries are zero-padded to `stride`, a multiple of kLanes. `products` is [kStrip, m] and `squares` is
-// [kStrip] (squared lengths), or null where lengths are not wanted; what lies past `count` is undefined.
+// a row. Memory `ahead` bytes further on is likely wanted next. Queries are zero-padded to `stride`, a multiple of
+// kLanes. `products` is [kStrip, m] and `squares` is [kStrip] (squared lengths), or null where lengths are not wanted;
+// what lies past `count` is undefined.
 struct Strip {
   const void* rows[kStrip];
   std::int64_t count;

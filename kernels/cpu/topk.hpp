@@ -21,8 +21,8 @@ struct Rows {
   bool unit;
 };
 
-// The same rows in int8, as `quantize_rows` makes them: row i differs from scales[i] * values by a vector no longer than
-// errors[i], and its length is lengths[i].
+// The same rows in int8, as `quantize_rows` makes them: row i differs from scales[i] * values by a vector no longer
+// than errors[i], and its length is lengths[i].
 struct Int8Look {
   const std::int8_t* values;
   std::int64_t stride;
