@@ -35,8 +35,8 @@ def load_clip_encoders(
 
     `pretrained` is an open_clip tag, a file of weights, or "none" for random weights (seeded, for timing
     only). `checkpoints` is a folder with the map encoders, `z04.safetensors` and so on (or `.pt`), and
-    perhaps `photo.safetensors`; each holds a whole vision tower, or its last blocks, `ln_post` and `proj`,
-    and takes the rest from the pretrained model. Without it, the map encoders are the pretrained model
+    perhaps `photo.safetensors`; each holds a whole vision tower, or its last blocks and all that follows
+    them, and takes the rest from the pretrained model. Without it, the map encoders are the pretrained model
     itself. Raises ExportError for an unknown model or tag, missing files, and shapes that do not fit.
     """
     _check_names(model, pretrained)
@@ -56,11 +56,12 @@ def load_clip_encoders(
         if pretrained == RANDOM:
             states = {name: _random_head(base, seed) for seed, name in enumerate(names)}
     layers, preprocessing = len(tower_parts(tower).blocks), tower.preprocess_cfg
+    blank = tower.to("meta")  # without weights, copies cost nothing
     return EncoderSet(
         model=model,
         pretrained="checkpoints" if files or _is_file(pretrained) else pretrained,
         world="earth",
-        towers={name: _with_weights(tower, states[name]) for name in names},
+        towers={name: _with_weights(blank, states[name]) for name in names},
         trunk_layers=shared_blocks(states, max(layers - HEAD_LAYERS, 0)),
         levels=tuple(levels),
         mean=tuple(preprocessing["mean"]),
@@ -200,7 +201,8 @@ def _download(model: str, tag: str) -> Path:
             return Path(open_clip.download_pretrained(config))
     except Exception as error:  # each download library raises its own
         hub, url = str(config.get("hf_hub", "")).rstrip("/"), config.get("url", "")
-        where = f"open_clip_model.safetensors of huggingface.co/{hub}" if hub else url
+        names = "open_clip_model.safetensors (or open_clip_pytorch_model.bin)"
+        where = f"{names} of huggingface.co/{hub}" if hub else url
         raise ExportError(
             f"the weights {tag!r} of {model} cannot be downloaded ({type(error).__name__}): download {where} "
             "on another machine, copy it here, and pass the file as --pretrained"
@@ -238,8 +240,8 @@ def _random_head(base: State, seed: int) -> State:
     return state
 
 
-def _with_weights(tower: nn.Module, state: State) -> nn.Module:
-    """Return a tower like `tower` whose parameters are the given tensors themselves, not copies."""
-    like = copy.deepcopy(tower).to("meta")
+def _with_weights(blank: nn.Module, state: State) -> nn.Module:
+    """Return a tower like `blank` whose parameters are the given tensors themselves, not copies."""
+    like = copy.deepcopy(blank)
     like.load_state_dict(state, assign=True)
     return like.requires_grad_(False)

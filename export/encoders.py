@@ -190,19 +190,25 @@ def shared_blocks(states: Mapping[str, State], limit: int) -> int | None:
 
     None when what comes before the blocks, the patch embedding, already differs.
     """
-    if len({_block_digest(state, None) for state in states.values()}) > 1:
+    if not _all_equal([_block(state, None) for state in states.values()]):
         return None
     for block in range(limit):
-        if len({_block_digest(state, block) for state in states.values()}) > 1:
+        if not _all_equal([_block(state, block) for state in states.values()]):
             return block
     return limit
 
 
-def _block_digest(state: State, block: int | None) -> str:
-    """Return the digest of one block's tensors, or (None) of the tensors before the first block."""
+def _all_equal(states: Sequence[State]) -> bool:
+    """Tell whether states have one digest; tensors that are in several of them are read once."""
+    distinct = {tuple((name, state[name].data_ptr()) for name in sorted(state)): state for state in states}
+    return len(set(map(state_digest, distinct.values()))) == 1
+
+
+def _block(state: State, block: int | None) -> State:
+    """Return the tensors of one block, or (None) those before the first."""
     if block is None:
-        return state_digest({name: tensor for name, tensor in state.items() if in_trunk(name, 0)})
-    return state_digest({name: tensor for name, tensor in state.items() if block_of(name) == block})
+        return {name: tensor for name, tensor in state.items() if in_trunk(name, 0)}
+    return {name: tensor for name, tensor in state.items() if block_of(name) == block}
 
 
 def save_encoder_folder(

@@ -161,12 +161,11 @@ class Head:
         parts = self._parts
         if parts.token_norm is not None:
             x = drawing.norm("ln_post", parts.token_norm, x)
+        if parts.first_pooled and parts.pool is not Pool.token:
+            x = drawing.rows(x, parts.first_pooled, len(parts.prefix) + len(parts.position))
         if parts.pool is Pool.mean:
-            patches = drawing.rows(x, len(parts.prefix), len(parts.prefix) + len(parts.position))
-            x = drawing.op("ReduceMean", patches, drawing.integers(1), keepdims=1)
+            x = drawing.op("ReduceMean", x, drawing.integers(1), keepdims=1)
         elif isinstance(parts.pool, LatentPool):
-            if len(parts.prefix):
-                x = drawing.rows(x, len(parts.prefix), len(parts.prefix) + len(parts.position))
             x = _latent_pool(drawing, parts, parts.pool, x)
         x = drawing.reshape(x, parts.width)
         return x if parts.pool_norm is None else drawing.norm("ln_pool", parts.pool_norm, x)

@@ -81,7 +81,8 @@ class TowerParts:
 
     `patch` holds the patch embedding's weight[width, 3, patch size, patch size]. `prefix`[p, width] and
     `position`[patches, width] are what the tokens before the patches are, and what is added to the patches.
-    `token_norm` is applied to all tokens, `pool_norm` to the pooled one.
+    `token_norm` is applied to all tokens, `pool_norm` to the pooled one. `first_pooled` is the first token
+    that a pooling of several tokens sees.
     """
 
     image_size: int
@@ -92,6 +93,7 @@ class TowerParts:
     blocks: tuple[BlockParts, ...]
     token_norm: nn.LayerNorm | None
     pool: Pool | LatentPool
+    first_pooled: int
     pool_norm: nn.LayerNorm | None
     projection: Dense | None
 
@@ -158,6 +160,7 @@ def _open_clip_parts(tower: Tower) -> TowerParts:
         blocks=tuple(map(_open_clip_block, tower.transformer.resblocks)),
         token_norm=None if after else _norm(tower.ln_post),
         pool=Pool.token if tower.pool_type == "tok" else Pool.mean,
+        first_pooled=1,
         pool_norm=_norm(tower.ln_post) if after else None,
         projection=projection,
     )
@@ -194,7 +197,6 @@ def _timm_parts(tower: Tower) -> TowerParts:
             or any(_is_custom(block.attn, "q_norm", "k_norm", "norm", "gate") for block in blocks)
             or any(_is_custom(block.mlp, "norm") for block in blocks),
             f'pooling "{trunk.global_pool}"': trunk.global_pool not in ("token", "avg", "map")
-            or trunk.pool_include_prefix
             or (pool is not None and (type(pool) is not AttentionPoolLatent or pool.latent_len != 1)),
             "custom pooling": pool is not None
             and (_is_custom(pool, "q_norm", "k_norm", "pos_embed") or pool.mlp is None),
@@ -217,6 +219,7 @@ def _timm_parts(tower: Tower) -> TowerParts:
         blocks=tuple(map(_timm_block, blocks)),
         token_norm=_norm(trunk.norm),
         pool=kinds[trunk.global_pool] if pool is None else _latent_pool(pool),
+        first_pooled=0 if trunk.pool_include_prefix else len(prefix),
         pool_norm=_norm(trunk.fc_norm),
         projection=_dense(projections[0]) if projections else None,
     )

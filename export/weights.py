@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def _read_safetensors(file: Path) -> object:
 
 
 def _read_torch(file: Path) -> object:
+    if _is_torchscript(file):
+        raise ExportError(
+            f"{file} is refused: it is a TorchScript program, as OpenAI's own CLIP files are, and opening it "
+            "could run code; take the safetensors file of these weights, or their tag, such as "
+            "--pretrained openai"
+        )
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -55,6 +62,14 @@ def _read_torch(file: Path) -> object:
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise ExportError(f"{file} is not a readable PyTorch weights file: {error}") from error
+
+
+def _is_torchscript(file: Path) -> bool:
+    """Tell whether a file is a TorchScript archive; a file of weights lacks the record of constants."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def fit(state: State, reference: State, names: Iterable[str], what: str) -> dict[str, torch.Tensor]:

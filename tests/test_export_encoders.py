@@ -163,6 +163,13 @@ def test_torch_files_with_code_are_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PyTorch gives TorchScript up
+def test_torchscript_is_refused_with_the_remedy(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
+    with pytest.raises(ExportError, match=r"ViT-B-32.pt is refused: .* TorchScript .* --pretrained openai"):
+        weights.read_state(tmp_path / "ViT-B-32.pt")
+
+
 def test_torch_files_of_tensors_are_unwrapped(tmp_path):
     torch.save({"epoch": 3, "state_dict": {"module.proj": torch.ones(2)}}, tmp_path / "a.pt")
     assert list(weights.read_state(tmp_path / "a.pt")) == ["proj"]

@@ -81,6 +81,7 @@ def test_open_clip_towers(activation, blocks, extra, tmp_path):
         {},  # as SigLIP
         {"act_layer": "gelu_tanh"},  # as SigLIP's SO400M
         {"class_token": True, "reg_tokens": 2},
+        {"reg_tokens": 1, "pool_include_prefix": True},
         {"class_token": True, "global_pool": "token", "pre_norm": True, "act_layer": "quick_gelu"},
         {"global_pool": "avg", "reg_tokens": 1, "no_embed_class": True, "init_values": 0.3},
         {"global_pool": "avg", "fc_norm": False, "num_classes": 24, "qkv_bias": False},
