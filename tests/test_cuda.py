@@ -4,9 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+
+if sys.platform != "linux":
+    pytest.skip("cuda-bindings has no wheels for this system", allow_module_level=True)
+
 from trt_contract.bundles import write_fp16_bundle
-from trt_contract.cudart import Emulated
-from trt_contract.pretend import EMBED_DIM, array_at, embeddings_of, tokens_of
+from trt_contract.cudart import Emulated, EmulatedKernels, array_at
+from trt_contract.pretend import EMBED_DIM, embeddings_of, tokens_of
 
 from geoengine.engine.backends import cuda as module
 from geoengine.engine.backends import gpu
@@ -14,6 +18,7 @@ from geoengine.engine.backends.cuda import Cuda, cuda_runtime, gpu_info
 from geoengine.engine.backends.gpu import GRAPH_BATCHES, GpuFeed, graph_batch
 from geoengine.engine.errors import BackendError, BundleError
 from geoengine.engine.manifest import Variant
+from geoengine.kernels import cosine_topk
 
 
 @pytest.fixture
@@ -156,6 +161,26 @@ def test_buffers_of_rows_are_used_again(emulated, bundle):
     assert emulated.calls.count("cudaMalloc") == before
     one, two = encoder.feed.rows("photo", 8), encoder.feed.rows("photo", 8)
     assert one._address != two._address
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_rows_are_scored_where_there_are_kernels(emulated, bundle, monkeypatch, caplog, kernels):
+    module = EmulatedKernels(emulated) if kernels else None
+    monkeypatch.setitem(sys.modules, "geoengine.kernels._topk_cuda", module)
+    encoder = Encoder(emulated, bundle)
+    assert ("scored on the CPU" in caplog.text) is not kernels
+    rows = encoder.feed.rows("z01", 30)
+    for seed in range(3):
+        rows.append(pictures(10, seed=seed))
+    table = np.concatenate([embeddings_of("z01", tokens_of(pictures(10, seed=seed))) for seed in range(3)])
+    queries = table[[3, 17]]
+    listed, segments = np.array([0, 3, 29, 17, 17, 2, 5]), np.array([0, 3, 7])
+    scores, places = rows.top_k(queries, 9, listed, segments)
+    right, best = cosine_topk(table, queries, 9, rows=listed, segments=segments)
+    assert places[:, 0].tolist() == [1, 0] and places.shape == (2, 4)
+    np.testing.assert_array_equal(places, best)
+    np.testing.assert_allclose(scores, right, atol=1e-6)
+    assert rows.top_k(queries, 3, listed[:0], np.zeros(3, np.int64))[0].shape == (2, 0)
 
 
 def test_a_closed_feed_refuses_and_leaves_nothing(emulated, bundle):

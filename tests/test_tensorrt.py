@@ -21,6 +21,7 @@ from geoengine.engine.backends.plans import Machine, find_plans, load_plans, rea
 from geoengine.engine.backends.tensorrt import TensorRt
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, ExportError
+from geoengine.engine.manifest import BundleFile, Variant
 from geoengine.export import plan_builder
 from geoengine.export import tensorrt as export_module
 from geoengine.export.tensorrt import build_plans, plan_settings, remove_plans
@@ -210,11 +211,28 @@ def test_weight_files_are_sources_too(bundle):
     assert sources["onnx/heads.weights"] == "ab" * 32
 
 
+def test_only_nodes_that_resize_may_compute_in_fp32(tmp_path):
+    from made_encoders import SMALL, write_encoder
+
+    (tmp_path / "onnx").mkdir()
+    files = write_encoder(SMALL.build(), tmp_path / "onnx", variant=Variant.fp16, sides=(16, 24))
+    known = {file.relative_to(tmp_path).as_posix(): BundleFile(1, "ab") for file in tmp_path.rglob("*.*")}
+    bundle = SimpleNamespace(path=tmp_path, manifest=SimpleNamespace(files=known))
+    exact = {}
+    for part, file in files.items():
+        graph = file.relative_to(tmp_path).as_posix()
+        exact[part] = export_module._read(bundle, graph).exact
+        nodes = {node.name: node.op_type for node in onnx.load(file, load_external_data=False).graph.node}
+        assert len(nodes) > 10 and "" not in nodes
+        assert [nodes[name] for name in exact[part]] == ["MatMul"] * len(exact[part])
+    assert {part: len(names) for part, names in exact.items()} == {16: 0, 24: 2, "head": 0}
+
+
 def test_damaged_plans_are_refused_and_built_again(built):
     plans = find_plans(built, MACHINE)
     file = built.path / FOLDER / "head_photo.plan"
     whole = file.read_bytes()
-    rebuild = f"geoengine build-engines --backend tensorrt --out {built.path}"
+    rebuild = f"geoengine build-engines --plans --out {built.path}"
     file.write_bytes(whole[:-1] + b"x")
     with pytest.raises(BackendError, match="SHA-256.*" + re.escape(rebuild)):
         read_plan(built, plans, "onnx/head_photo.fp16.onnx")
@@ -267,7 +285,7 @@ def test_plans_for_other_machines_are_named(built):
     assert "it has NVIDIA H100 80GB HBM3 (compute capability 9.0) with TensorRT 11.4.0.106" in str(
         refused.value
     )
-    assert f"geoengine build-engines --backend tensorrt --out {built.path}" in str(refused.value)
+    assert f"geoengine build-engines --plans --out {built.path}" in str(refused.value)
     with pytest.raises(BackendError, match=r"driver for CUDA 13.0, and this one is for CUDA 12.9"):
         find_plans(built, replace(MACHINE, driver="12.9"))
     remove_plans(built)

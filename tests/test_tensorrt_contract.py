@@ -37,14 +37,14 @@ def compiler():
 @pytest.fixture(scope="session")
 def replay(compiler, pytestconfig, tmp_path_factory):
     """A function from a version to what `replay.py` reports for it."""
-    reports = {}
+    reports, cache = {}, pytestconfig.cache.mkdir("tensorrt-bindings")
 
     def replayed(version):
         if version not in reports:
             folder = tmp_path_factory.mktemp("trt")
             environment = os.environ | {
                 "LD_LIBRARY_PATH": str(stub_libraries(compiler, folder, version.split(".")[0])),
-                "PYTHONPATH": str(bindings(pytestconfig.cache.mkdir("tensorrt-bindings"), version)),
+                "PYTHONPATH": f"{bindings(cache, version)}{os.pathsep}{HERE.parent}",
                 "CUDA_VISIBLE_DEVICES": "",  # a real GPU must not answer in the emulated one's place
                 "OMP_NUM_THREADS": "1",
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable
@@ -38,6 +39,8 @@ PREFERRED_BATCH = 256
 
 _ALIGNMENT = 256
 
+_log = logging.getLogger(__name__)
+
 
 class GpuFeed:
     """Feeds an encoder on the GPU: one stream for the encoder, one for copies to it, one lock around both.
@@ -61,6 +64,7 @@ class GpuFeed:
         self.width = bundle.embed_dim
         self.buffers = _Buffers(cuda)
         self.exchange = _Exchange(cuda, self.stream)
+        self.has_kernels = _has_kernels()
         self._bundle, self._variant, self._encode_into = bundle, variant, encode_into
         self._max_batch = max_batch
         self._slot_bytes = staging_bytes(bundle, variant, max_batch)
@@ -127,29 +131,23 @@ class DeviceRows:
     def top_k(
         self, queries: NDArray[np.float32], k: int, rows: NDArray[np.int64], segments: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Score each query against its own rows, best first, on the GPU; see `EmbeddingRows`."""
-        from geoengine import kernels
+        """Score each query against its own rows, best first; see `EmbeddingRows`."""
+        from geoengine.kernels import cosine_topk
 
-        top_k: Any = kernels.cosine_topk  # it takes the GPU's arrays too, which its annotations do not name
         feed = self._feed
+        if not feed.has_kernels:
+            return cosine_topk(self.download(), queries, k, rows=rows, segments=segments, normalized=True)
         longest = int(np.diff(segments).max(initial=0))
         with feed.lock:
             feed.check_open()
-            on_gpu = feed.exchange.upload(
+            photos, listed, ends = feed.exchange.upload(
                 np.asarray(queries, np.float32), np.asarray(rows, np.int64), np.asarray(segments, np.int64)
             )
-            best, places = feed.exchange.download(
-                *top_k(
-                    self._array(),
-                    on_gpu[0],
-                    k,
-                    rows=on_gpu[1],
-                    segments=on_gpu[2],
-                    normalized=True,
-                    stream=feed.stream,
-                )
+            answer = cosine_topk(
+                self._array(), photos, k, rows=listed, segments=ends, normalized=True, stream=feed.stream
             )
-        kept = min(k, longest)  # on the GPU, where the lists' lengths are not known, the answer may be wider
+            best, places = feed.exchange.download(*answer)
+        kept = min(k, longest)  # the GPU does not know the lists' lengths, and answers for longer ones
         return best[:, :kept], places[:, :kept]
 
     def download(self) -> NDArray[np.float32]:
@@ -178,6 +176,18 @@ def graph_batch(count: int, room: int) -> int | None:
     if count > PADDED_BATCH:
         return None
     return next((batch for batch in GRAPH_BATCHES if count <= batch <= room), None)
+
+
+def _has_kernels() -> bool:
+    """Tell whether this installation can score embeddings on the GPU."""
+    from geoengine.kernels.tensors import cuda_kernels
+
+    try:
+        cuda_kernels()
+    except RuntimeError as error:
+        _log.warning("embeddings are scored on the CPU: %s", error)
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

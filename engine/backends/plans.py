@@ -194,7 +194,7 @@ def other_plans(bundle: EngineBundle) -> list[PlanSet]:
 
 def remedy(bundle: EngineBundle) -> str:
     """Return the command that builds the plans for the machine that it runs on, in words."""
-    return f"build them here with `geoengine build-engines --backend tensorrt --out {bundle.path}`"
+    return f"build them here with `geoengine build-engines --plans --out {bundle.path}`"
 
 
 def intact(plans: PlanSet, plan: Plan) -> bool:

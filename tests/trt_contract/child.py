@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import tensorrt_bindings
-from contract import Contract
-from cudart import Emulated
-from pretend import Pretend
+from trt_contract.contract import Contract
+from trt_contract.cudart import Emulated
+from trt_contract.pretend import Pretend
 
 from geoengine.engine.backends import cuda
 from geoengine.export import plan_builder

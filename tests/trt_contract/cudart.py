@@ -8,10 +8,19 @@ takes.
 import ctypes
 from collections import deque
 
+import numpy as np
 from cuda.bindings import runtime as real
+
+from geoengine.kernels import cosine_topk
 
 SUCCESS = real.cudaError_t.cudaSuccess
 GARBAGE = 0xA5
+
+
+def array_at(address, shape, dtype):
+    """A view of emulated GPU memory."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
 
 
 class Emulated:
@@ -91,8 +100,11 @@ class Emulated:
 
     def _cudaFree(self, address):
         self._cudaDeviceSynchronize()
-        self.free += self.memory.pop(address)[0]
+        self._release(address)
         return (SUCCESS,)
+
+    def _release(self, address):
+        self.free += self.memory.pop(address)[0]
 
     def _cudaHostAlloc(self, size, flags):
         return (SUCCESS, self._reserve(size))
@@ -209,3 +221,38 @@ class Emulated:
                 work()
             else:
                 self.reached.add(work)
+
+
+class EmulatedKernels:
+    """The module `_topk_cuda` on an `Emulated`: the CPU's kernel, when the stream comes to it."""
+
+    def __init__(self, cudart):
+        self._cudart = cudart
+
+    def allocate(self, size, device, stream):
+        return self._cudart._cudaMalloc(size)[1]
+
+    def free(self, pointer, device, stream):
+        self._cudart.enqueue(stream, lambda: self._cudart._release(pointer))
+
+    def device_of(self, pointer):
+        return 0
+
+    def workspace_bytes(self, **sizes):
+        return 1000
+
+    def topk(self, *, stream, k, m, n, d, rows_count, longest, dtype, query_dtype, normalized, **pointers):
+        assert (dtype, query_dtype) == ("float32", "float32") and k <= longest
+
+        def compute():
+            table = array_at(pointers["embeddings"], (n, d), np.float32)
+            photos = array_at(pointers["queries"], (m, d), np.float32)
+            rows = array_at(pointers["rows"], (rows_count,), np.int64)
+            segments = array_at(pointers["segments"], (m + 1,), np.int64)
+            best, places = cosine_topk(table, photos, k, rows=rows, segments=segments, normalized=normalized)
+            scores = array_at(pointers["scores"], (m, k), np.float32)
+            indices = array_at(pointers["indices"], (m, k), np.int64)
+            scores[...], indices[...] = -np.inf, -1
+            scores[:, : best.shape[1]], indices[:, : best.shape[1]] = best, places
+
+        self._cudart.enqueue(stream, compute)

@@ -4,7 +4,6 @@ A plan is JSON. Running one computes something simple of every picture, so that 
 wrong memory, or too early, is seen. `TRT_TROUBLE`, JSON from a graph's stem to a word, makes things fail.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from trt_contract.cudart import array_at
 
 TOKENS, WIDTH, EMBED_DIM = 5, 12, 6
 SCRATCH_BYTES = 1000
@@ -32,12 +32,6 @@ def embeddings_of(stem, tokens):
     matrix = np.random.default_rng(seed).normal(size=(TOKENS * WIDTH, EMBED_DIM)).astype(np.float32)
     rows = tokens.reshape(len(tokens), -1) @ matrix
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def array_at(address, shape, dtype):
-    """A view of emulated GPU memory."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
 
 
 class Pretend:

@@ -1,6 +1,6 @@
 """Run our builder and our runner on one version of TensorRT's bindings; prints what failed and what was used.
 
-`python replay.py FOLDER`, with that version's bindings and our stub libraries on the path.
+`python replay.py FOLDER`, with those bindings and `tests` in PYTHONPATH, stub libraries in LD_LIBRARY_PATH.
 """
 
 import json
@@ -11,16 +11,13 @@ import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import numpy as np
 import tensorrt_bindings as trt
-from bundles import write_fp16_bundle
-from contract import Contract
-from cudart import GARBAGE, Emulated
-from pretend import EMBED_DIM, Pretend, array_at, embeddings_of, tokens_of
+from trt_contract.bundles import write_fp16_bundle
+from trt_contract.contract import Contract
+from trt_contract.cudart import GARBAGE, Emulated, EmulatedKernels, array_at
+from trt_contract.pretend import EMBED_DIM, Pretend, embeddings_of, tokens_of
 
-from geoengine import kernels
 from geoengine.engine.backends import cuda
 from geoengine.engine.backends import tensorrt as backend_module
 from geoengine.engine.backends.plans import PlanSet, load_plans
@@ -29,6 +26,7 @@ from geoengine.engine.errors import BackendError
 from geoengine.export import plan_builder
 from geoengine.export import tensorrt as export_module
 from geoengine.export.tensorrt import build_plans, plan_settings
+from geoengine.kernels import cosine_topk
 
 FOLDER = Path(sys.argv[1])
 CONTRACT, CUDART = Contract(trt), Emulated()
@@ -38,36 +36,7 @@ cuda.cuda_runtime = lambda: CUDART
 export_module._CHILD = (sys.executable, str(Path(__file__).with_name("child.py")))
 os.environ["TRT_USED"] = str(FOLDER / "used.json")
 BUNDLE = write_fp16_bundle(FOLDER / "bundle")
-cpu_topk = kernels.cosine_topk
-
-
-def gpu_topk(embeddings, queries, k, *, rows, segments, normalized, stream):
-    """What the CUDA kernel will be: enqueued on the stream, the answer k wide whatever the lists' lengths."""
-    shapes = [array.shape for array in (embeddings, queries, rows, segments)]
-    addresses = [array.address for array in (embeddings, queries, rows, segments)]
-    kinds = (np.float32, np.float32, np.int64, np.int64)
-    results = [CUDART._cudaMalloc(size * len(queries.shape) * queries.shape[0] * k)[1] for size in (4, 8)]
-    scores, indices = (
-        cuda.DeviceArray(address, (queries.shape[0], k), kind, stream=stream)
-        for address, kind in zip(results, ("<f4", "<i8"), strict=True)
-    )
-
-    def compute():
-        table, photos, listed, ends = (
-            array_at(*array) for array in zip(addresses, shapes, kinds, strict=True)
-        )
-        best, places = cpu_topk(table, photos, k, rows=listed, segments=ends, normalized=normalized)
-        width = best.shape[1]
-        array_at(results[0], scores.shape, np.float32)[...] = -np.inf
-        array_at(results[1], indices.shape, np.int64)[...] = -1
-        array_at(results[0], scores.shape, np.float32)[:, :width] = best
-        array_at(results[1], indices.shape, np.int64)[:, :width] = places
-
-    CUDART.enqueue(stream, compute)
-    return scores, indices
-
-
-kernels.cosine_topk = gpu_topk
+sys.modules["geoengine.kernels._topk_cuda"] = EmulatedKernels(CUDART)
 
 
 def pictures(count, side=8, seed=0):
@@ -260,7 +229,7 @@ def check_rows_stay_on_the_gpu_until_they_are_scored():
     segments = np.array([0, 30, 30, 50])
     queries = expected("photo", pictures(3, seed=9))
     scores, places = rows.top_k(queries, 40, listed, segments)
-    right, best = cpu_topk(table, queries, 40, rows=listed, segments=segments)
+    right, best = cosine_topk(table, queries, 40, rows=listed, segments=segments)
     assert scores.shape == (3, 30)
     np.testing.assert_array_equal(places, best)
     np.testing.assert_allclose(scores, right, atol=1e-6)
@@ -308,7 +277,7 @@ def check_closing_frees_everything():
 
 
 def check_other_machines_and_damaged_plans_are_refused():
-    rebuild = f"geoengine build-engines --backend tensorrt --out {BUNDLE.path}"
+    rebuild = f"geoengine build-engines --plans --out {BUNDLE.path}"
     before = set(CUDART.memory), set(CUDART.made)
     CUDART.driver = 12080
     with fails(BackendError, "CUDA 13.2", "CUDA 12.8", rebuild):
