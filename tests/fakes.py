@@ -3,7 +3,7 @@
 import numpy as np
 
 from geoengine.engine.backends.batches import HostRows
-from geoengine.engine.sources import TileBatch
+from geoengine.engine.sources import WORLD_BOUNDS, TileBatch
 from geoengine.engine.tiles import LEVELS, MAX_LATITUDE_DEG
 
 
@@ -11,6 +11,7 @@ class AddressTiles:
     """Tiles of 2 x 2 pixels that hold their own (z, x, y); records what is read."""
 
     name, world, attribution, tile_size = "addresses", "earth", "", 2
+    min_zoom, max_zoom, bounds, identity, storable = 0, 30, WORLD_BOUNDS, "addresses", True
 
     def __init__(self, *, missing=None, shuffle=None, chunk=50, ocean=None):
         self.missing = missing or (lambda z, x, y: np.zeros(len(x), dtype=bool))

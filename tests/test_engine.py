@@ -17,7 +17,7 @@ from geoengine.engine.photos import Photo
 from geoengine.engine.preprocess import to_square
 from geoengine.engine.results import Level, ScoredTile
 from geoengine.engine.search import SearchConfig
-from geoengine.engine.sources import TileBatch
+from geoengine.engine.sources import WORLD_BOUNDS, TileBatch
 from geoengine.engine.tiles import (
     LngLat,
     center,
@@ -34,6 +34,7 @@ class NoiseTiles:
     """Tiles of random pixels, 8 x 8, drawn from their address."""
 
     name, attribution, tile_size = "noise", "© nobody", 8
+    min_zoom, max_zoom, bounds, identity, storable = 0, 30, WORLD_BOUNDS, "noise", True
 
     def __init__(self, world="planet", deepest=99):
         self.world, self.deepest, self.closed = world, deepest, 0

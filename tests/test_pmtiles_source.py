@@ -13,13 +13,13 @@ from pmtiles.tile import Compression, TileType, zxy_to_tileid
 from pmtiles.writer import Writer
 
 from geoengine.engine.errors import SourceError, TileError
-from geoengine.engine.sources import open_source
-from geoengine.engine.sources.decode import CHUNK
+from geoengine.engine.sources import WORLD_BOUNDS, open_source
 from geoengine.engine.tiles import all_xy
 
 # Where the header has the offset and length of each section, and some of its bytes.
 ROOT, METADATA, LEAVES, TILES = 8, 24, 40, 56
 VERSION, INTERNAL_COMPRESSION, TILE_COMPRESSION, TILE_TYPE, MIN_ZOOM, MAX_ZOOM = 7, 97, 98, 99, 100, 101
+MIN_LON = 102
 
 
 def write_pmtiles(path, tiles, *, tile_type=TileType.PNG, compression=Compression.NONE, metadata=None):
@@ -75,7 +75,6 @@ def world(tmp_path):
 def test_every_tile_once_in_its_place(world):
     with closing(open_source(str(world))) as source:
         check_small_world(source, "world.pmtiles")
-        assert [len(batch.positions) for batch in source.read(4, all_xy(4)[:70])] == [CHUNK, 70 - CHUNK]
 
 
 @pytest.mark.parametrize("compression", [Compression.NONE, Compression.GZIP])
@@ -128,6 +127,22 @@ def test_zooms_outside_the_range_of_the_header_are_missing(tmp_path):
         with closing(open_source(str(path))) as source:
             assert {z for z in range(9) if read_all(source, z, [(0, 0)])} == zooms
             assert (source.min_zoom, source.max_zoom) == (min(zooms), max(zooms))
+
+
+def test_bounds_are_those_of_the_header(world):
+    for corners, expected in (((5.9, 45.8, 10.5, 47.8),) * 2, ((0, 0, 0, 0), WORLD_BOUNDS)):
+        patch(world, MIN_LON, struct.pack("<4i", *(round(degrees * 1e7) for degrees in corners)))
+        with closing(open_source(str(world))) as source:
+            assert source.bounds == pytest.approx(expected)
+
+
+def test_identities_tell_archives_apart(tmp_path):
+    def identity(name, **tile):
+        path = write_pmtiles(tmp_path / name, {(1, 0, 0): tile_picture(1, 0, 0, **tile)})
+        with closing(open_source(str(path))) as source:
+            return source.identity
+
+    assert identity("a.pmtiles") == identity("b.pmtiles") != identity("c.pmtiles", size=20)
 
 
 def test_name_and_attribution_are_plain_text(tmp_path):

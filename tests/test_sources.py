@@ -15,8 +15,9 @@ from made_tiles import check_small_world, picture, read_all, tile_picture
 from PIL import Image
 
 from geoengine.engine.errors import SourceError, TileError
-from geoengine.engine.sources import open_source
+from geoengine.engine.sources import WORLD_BOUNDS, open_source
 from geoengine.engine.sources.decode import CHUNK, decode_tile, stream
+from geoengine.engine.sources.mbtiles import IDENTITY_KEY
 from geoengine.engine.tiles import all_xy
 
 # --- MBTiles -----------------------------------------------------------------------------------------------
@@ -49,13 +50,40 @@ def test_mbtiles_gives_every_tile_once_in_its_place(world_mbtiles):
         check_small_world(source, "world.mbtiles")
 
 
-def test_mbtiles_batches_are_full_but_the_last(world_mbtiles):
+def test_mbtiles_without_an_index_is_given_one(world_mbtiles):
+    with closing(sqlite3.connect(world_mbtiles)) as database, database:
+        database.execute("DROP INDEX tile_index")
+        database.execute("INSERT INTO tiles SELECT * FROM tiles WHERE zoom_level = 4 AND tile_row = 3")
     with closing(open_source(str(world_mbtiles))) as source:
-        assert [len(batch.positions) for batch in source.read(4, all_xy(4)[:150])] == [
-            CHUNK,
-            CHUNK,
-            150 - 2 * CHUNK,
-        ]
+        plan = source._rows(f"EXPLAIN QUERY PLAN {source._query}", (4, 0, 0))
+        assert not any("SCAN" in row[-1] for row in plan)
+        check_small_world(source, "world.mbtiles")
+
+
+def test_mbtiles_bounds(tmp_path):
+    red = {(0, 0, 0): picture("red")}
+    stated = {"a": "5.9,45.8,10.5,47.8", "b": "1,2,3", "c": "0,0,0,0", "d": "west", "e": "-200,0,10,10"}
+    for name, bounds in stated.items():
+        with closing(
+            open_source(str(write_mbtiles(tmp_path / f"{name}.mbtiles", red, bounds=bounds)))
+        ) as source:
+            assert source.bounds == ((5.9, 45.8, 10.5, 47.8) if name == "a" else WORLD_BOUNDS)
+
+
+def test_identities_tell_pictures_apart(tmp_path):
+    red, blue = {(0, 0, 0): picture("red")}, {(0, 0, 0): picture("blue")}
+    paths = [write_mbtiles(tmp_path / f"{i}.mbtiles", tiles) for i, tiles in enumerate((red, red, blue))]
+    paths += [write_mbtiles(tmp_path / "3.mbtiles", red, **{IDENTITY_KEY: "of-the-source"})]
+    for name, colour in (("4", "red"), ("5", "red"), ("6", "blue")):
+        paths.append(write_folder(tmp_path / name, {"0/0/0.png": picture(colour, size=len(colour))}))
+    identities = []
+    for spec in (*map(str, paths), "planet"):
+        with closing(open_source(spec)) as source:
+            identities.append(source.identity)
+    assert identities[0] == identities[1] != identities[2]
+    assert identities[3] == "of-the-source"
+    assert identities[4] == identities[5] != identities[6]
+    assert len(set(identities)) == 6
 
 
 def test_mbtiles_zooms_outside_its_range_are_missing(tmp_path):

@@ -1,5 +1,6 @@
 """Where tile pictures come from: the seam that every tile source implements, and what opens one."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from geoengine.engine.errors import SourceError
+from geoengine.engine.tiles import MAX_LATITUDE_DEG, LngLatBbox
+
+WORLD_BOUNDS = LngLatBbox(-180.0, -MAX_LATITUDE_DEG, 180.0, MAX_LATITUDE_DEG)
+"""The whole map."""
 
 _WHAT_A_SOURCE_IS = (
     "a tile source is a URL template such as https://host/{z}/{x}/{y}.png, "
@@ -47,16 +52,49 @@ class TileSource(Protocol):
     def tile_size(self) -> int:
         """Side of the tiles in pixels."""
 
+    @property
+    def min_zoom(self) -> int:
+        """The coarsest zoom that the source may have tiles of."""
+
+    @property
+    def max_zoom(self) -> int:
+        """The finest zoom that the source may have tiles of."""
+
+    @property
+    def bounds(self) -> LngLatBbox:
+        """The box in degrees outside of which the source has no tiles."""
+
+    @property
+    def identity(self) -> str:
+        """A hash, in hex, of what the pictures are: equal for the same pictures, whatever the source's name.
+
+        Holds no key, and none goes into it.
+        """
+
+    @property
+    def storable(self) -> bool:
+        """Whether pictures, and what is computed from them, may be kept; False where the terms forbid it."""
+
     def read(self, z: int, xy: npt.NDArray[np.int64]) -> Iterator[TileBatch]:
         """Yield the tiles `xy`, int64[n, 2] of (x, y), of zoom z in chunks, as they arrive, in any order.
 
         A tile that does not exist is in no chunk, every other tile is in exactly one. All chunks of a call
-        have one tile side S. Raises TileError for a tile that cannot exist, SourceError when the source does
-        not answer.
+        have one tile side S. Threads may read at the same time. Closing the iterator starts no further
+        requests and waits for none. Raises TileError for a tile that cannot exist, SourceError when the
+        source does not answer.
         """
 
     def close(self) -> None:
         """Let go of files and connections; closing twice is allowed, reading after it is not."""
+
+
+def fingerprint(*parts: str | bytes) -> str:
+    """Return the SHA-256, in hex, of parts that together say what a source's pictures are."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
 
 
 def open_source(spec: str) -> TileSource:

@@ -3,7 +3,7 @@
 import html
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
-from geoengine.engine.sources import TileBatch
-from geoengine.engine.sources.decode import Job, decode_tile, stream
-from geoengine.engine.tiles import as_xy
+from geoengine.engine.sources import WORLD_BOUNDS, TileBatch
+from geoengine.engine.sources.decode import Job, decode_tile, read_picture, stream
+from geoengine.engine.tiles import LngLatBbox, as_xy
 
 TRIED = 8
 """Tiles looked at to find the side of an archive's tiles."""
@@ -23,9 +23,12 @@ class ArchiveSource(ABC):
     """A tile source that looks tiles up in one file, where a look-up takes microseconds."""
 
     world = "earth"
+    storable = True
     tile_size: int
     min_zoom: int
     max_zoom: int
+    identity: str
+    bounds: LngLatBbox
 
     @abstractmethod
     def tile_data(self, z: int, x: int, y: int) -> object | None:
@@ -44,7 +47,7 @@ class ArchiveSource(ABC):
         for position, (x, y) in enumerate(tiles):
             data = self.tile_data(z, x, y)
             if data is not None:
-                yield position, partial(decode_tile, data)
+                yield position, partial(read_picture, data)
 
 
 def vector_tiles(file: str) -> SourceError:
@@ -63,6 +66,16 @@ def side_of(file: str, tiles: Iterable[object]) -> int:
         what = "no tiles" if not pictures else "tiles that are not PNG, JPEG or WebP pictures"
         raise SourceError(f"{file}: this file holds {what}")
     return int(sides[0])
+
+
+def bounds_of(values: Sequence[str | float]) -> LngLatBbox:
+    """Return the box (west, south, east, north) that an archive states, or the whole map if it is no box."""
+    try:
+        box = LngLatBbox(*map(float, values))
+    except (TypeError, ValueError):
+        return WORLD_BOUNDS
+    inside = box.west < box.east and box.south < box.north and box.west >= -180 and box.east <= 180
+    return box if inside else WORLD_BOUNDS
 
 
 def plain_text(text: str) -> str:

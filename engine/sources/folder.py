@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
-from geoengine.engine.sources import TileBatch
-from geoengine.engine.sources.decode import Job, Pixels, decode_tile, stream
+from geoengine.engine.sources import WORLD_BOUNDS, TileBatch, fingerprint
+from geoengine.engine.sources.decode import Job, Picture, read_picture, stream
 from geoengine.engine.tiles import as_xy
 
 _SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -26,15 +26,21 @@ class FolderSource:
 
     world = "earth"
     attribution = ""
+    storable = True
+    bounds = WORLD_BOUNDS
 
     def __init__(self, path: Path) -> None:
         self.name = path.resolve().name
         self._path = path
         tried = map(_read, islice(_some_tiles(path), _TRIED))
-        sides = [pixels.shape[1] for pixels in tried if pixels is not None]
+        sides = [picture.shape[1] for picture in tried if picture is not None]
         if not sides:
             raise SourceError(f"{path}: this folder has no tiles that can be read, in files like 4/8/5.png")
         self.tile_size = sides[0]
+        zooms = [int(zoom.name) for zoom in _numbered(path) if zoom.is_dir()]
+        self.min_zoom, self.max_zoom = zooms[0], zooms[-1]
+        sample = (part for zoom in _numbered(path) for part in _described(zoom))
+        self.identity = fingerprint("folder", *sample)
 
     def read(self, z: int, xy: npt.NDArray[np.int64]) -> Iterator[TileBatch]:
         """Yield the tiles of the request that the folder has."""
@@ -51,21 +57,28 @@ class FolderSource:
         for position, (x, y) in enumerate(tiles):
             yield position, partial(self._tile, z, x, y)
 
-    def _tile(self, z: int, x: int, y: int) -> Pixels | None:
+    def _tile(self, z: int, x: int, y: int) -> Picture | None:
         for suffix in _SUFFIXES:
-            pixels = _read(self._path / f"{z}/{x}/{y}.{suffix}")
-            if pixels is not None:
-                return pixels
+            picture = _read(self._path / f"{z}/{x}/{y}.{suffix}")
+            if picture is not None:
+                return picture
         return None
 
 
-def _read(path: Path) -> Pixels | None:
+def _read(path: Path) -> Picture | None:
     try:
-        return decode_tile(path.read_bytes())
+        return read_picture(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except OSError as error:
         raise SourceError(f"{path}: the tile cannot be read ({error.strerror})") from error
+
+
+def _described(zoom: Path) -> Iterator[str]:
+    """Yield the names and sizes of the first tiles of a zoom: a folder may hold millions."""
+    for column in _numbered(zoom)[:_TRIED]:
+        for file in _numbered(column)[:_TRIED]:
+            yield f"{zoom.name}/{column.name}/{file.name} {file.stat().st_size}"
 
 
 def _some_tiles(path: Path) -> Iterator[Path]:

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from geoengine.engine.errors import SourceError
-from geoengine.engine.sources import TileBatch
-from geoengine.engine.sources.decode import DEFAULT_TILE_SIZE, Job, Pixels, decode_tile, stream
+from geoengine.engine.sources import WORLD_BOUNDS, TileBatch, fingerprint
+from geoengine.engine.sources.decode import DEFAULT_TILE_SIZE, Job, Picture, read_picture, stream
 from geoengine.engine.tiles import MAX_ZOOM, Tile, as_xy, quadkey, tms_row
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
@@ -77,6 +77,8 @@ class HttpSource:
     """
 
     world = "earth"
+    storable = True
+    bounds = WORLD_BOUNDS
 
     def __init__(self, template: str, settings: HttpSettings | None = None) -> None:
         import httpx
@@ -85,6 +87,8 @@ class HttpSource:
         self._template = _UrlTemplate(template)
         self.name = self._template.shown
         self.attribution = self._settings.attribution
+        self.min_zoom, self.max_zoom = self._settings.min_zoom, self._settings.max_zoom
+        self.identity = fingerprint("http", self._template.shown)
         self.tile_size = DEFAULT_TILE_SIZE
         self._first_tile_seen = False
         contact = f" (+{self._settings.contact})" if self._settings.contact else ""
@@ -119,12 +123,12 @@ class HttpSource:
         self._client.close()
         logging.getLogger("httpx").removeFilter(self._without_keys)
 
-    def _side(self, pixels: Pixels) -> int:
+    def _side(self, picture: Picture) -> int:
         if not self._first_tile_seen:
-            self.tile_size, self._first_tile_seen = pixels.shape[1], True
+            self.tile_size, self._first_tile_seen = picture.shape[1], True
         return self.tile_size
 
-    def _fetch(self, tile: Tile, tally: "_Tally") -> Pixels | None:
+    def _fetch(self, tile: Tile, tally: "_Tally") -> Picture | None:
         import httpx
 
         url = self._template.url(tile)
@@ -144,7 +148,7 @@ class HttpSource:
                 raise SourceError(f"{self.name}: the template makes no valid URL for tile {tile}") from None
             if response.status_code == 200 or response.status_code in _MISSING:
                 tally.answered()
-                return decode_tile(response.content) if response.status_code == 200 else None
+                return read_picture(response.content) if response.status_code == 200 else None
             if response.status_code not in _PASSING:
                 raise SourceError(self._refusal(response.status_code, tile))
             reason = f"it answered HTTP {response.status_code}"

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geoengine.engine.errors import SourceError
-from geoengine.engine.sources.archive import TRIED, ArchiveSource, plain_text, side_of, vector_tiles
+from geoengine.engine.sources import fingerprint
+from geoengine.engine.sources.archive import (
+    TRIED,
+    ArchiveSource,
+    bounds_of,
+    plain_text,
+    side_of,
+    vector_tiles,
+)
 
 if TYPE_CHECKING:
     from pmtiles.tile import Entry, HeaderDict
@@ -85,8 +93,13 @@ class PMTilesSource(ArchiveSource):
         metadata = self._metadata()
         self.name = plain_text(str(metadata.get("name") or "")) or self._file
         self.attribution = plain_text(str(metadata.get("attribution") or ""))
+        south_west = header["min_lon_e7"], header["min_lat_e7"]
+        north_east = header["max_lon_e7"], header["max_lat_e7"]
+        self.bounds = bounds_of([degrees_e7 / 1e7 for degrees_e7 in south_west + north_east])
         self.min_zoom = header["min_zoom"]
         self.max_zoom = header["max_zoom"]
+        root = self._bytes(header["root_offset"], header["root_length"])
+        self.identity = fingerprint("pmtiles", self._bytes(0, _HEADER_BYTES), root)
         first = islice(self._entries(header["root_offset"], header["root_length"]), TRIED)
         self.tile_size = side_of(self._file, map(self._tile, first))
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from geoengine.engine.errors import TileError
-from geoengine.engine.sources import TileBatch
+from geoengine.engine.sources import WORLD_BOUNDS, TileBatch, fingerprint
 from geoengine.engine.sources.planet.maps import render_cells
 from geoengine.engine.sources.planet.photos import render_photo
 from geoengine.engine.sources.planet.world import World
@@ -23,6 +23,7 @@ from geoengine.engine.tiles import Tile, as_xy, xy_at
 MAX_ZOOM = 18
 TILE_SIZE = 112  # pixels; the planet's encoders see tiles at exactly this size
 _CHUNK = 32
+_DRAWING = 1  # to be raised when tiles come out different
 _FINE_ZOOM = 24  # where coordinates are looked up for land and sea
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -66,6 +67,15 @@ class PlanetSource:
     world = "planet"
     attribution = ""
     tile_size = TILE_SIZE
+    min_zoom = 0
+    max_zoom = MAX_ZOOM
+    storable = True
+    bounds = WORLD_BOUNDS
+
+    @property
+    def identity(self) -> str:
+        """A hash of the seed and the version of the drawing, not of pixels, which CPUs round differently."""
+        return fingerprint("planet", str(default_world().seed), str(TILE_SIZE), str(_DRAWING))
 
     def read(self, z: int, xy: npt.NDArray[np.int64]) -> Iterator[TileBatch]:
         """Yield the tiles `xy`, int64[n, 2], of zoom z in order, in chunks of at most 32."""
