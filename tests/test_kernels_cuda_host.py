@@ -217,6 +217,21 @@ def test_scores_that_rise_fall_or_stay(run):
     check_all(run, problems)
 
 
+def test_queries_whose_best_fill_up_at_different_times(run):
+    # Query i's scores start to rise at row 32 i: with 32 rows between two barriers, the buffers of keys are full,
+    # and sorted, in different turns.
+    n = np.arange(640)
+    heights = np.stack([np.clip(n - 32 * i - 100, 0, None) for i in range(4)], axis=1) / 1200.0
+    rows = np.concatenate([heights, np.sqrt(1 - (heights**2).sum(axis=1, keepdims=True))], axis=1)
+    rows = np.pad(rows, ((0, 0), (0, 3))).astype(np.float32)
+    problems = []
+    for seed in range(4):
+        device = {"seed": seed, "multiprocessors": 1, "clusters": 0}
+        queries = np.eye(8, dtype=np.float32)[:4]
+        problems.append(Problem(kind="float32", rows=rows, queries=queries, k=3, device=device))
+    check_all(run, problems)
+
+
 def test_more_answers_than_one_pass_finds(run):
     problems = [
         random_problem(17, "float32", 1500, 4, 1, 1400),

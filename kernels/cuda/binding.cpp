@@ -6,6 +6,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -21,10 +23,14 @@ void require(bool holds, const std::string& what) {
   if (!holds) throw py::value_error(what);
 }
 
+std::string error_text(cudaError_t error) {
+  return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";
+}
+
 void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // the next call starts afresh
-  throw std::runtime_error(std::string(doing) + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
+  throw std::runtime_error(std::string(doing) + ": " + error_text(error));
 }
 
 std::string version_text(int version) {
@@ -45,7 +51,7 @@ std::optional<std::string> driver_problem() {
   if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
     return "the NVIDIA driver sees no device: check nvidia-smi and CUDA_VISIBLE_DEVICES";
   }
-  if (error != cudaSuccess) return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";
+  if (error != cudaSuccess) return error_text(error);
   return std::nullopt;
 }
 
@@ -82,8 +88,8 @@ cuda::Type type_of(const std::string& name, const char* argument, bool int8_allo
   if (name == "float16") return cuda::Type::float16;
   if (name == "bfloat16") return cuda::Type::bfloat16;
   if (name == "int8" && int8_allowed) return cuda::Type::int8;
-  throw py::value_error(std::string(argument) + " must be float32, float16" + (int8_allowed ? ", bfloat16 or int8" : " or bfloat16") +
-                        ", got " + name);
+  const char* const allowed = int8_allowed ? "float32, float16, bfloat16 or int8" : "float32, float16 or bfloat16";
+  throw py::value_error(std::string(argument) + " must be " + allowed + ", got " + name);
 }
 
 void check_range(const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
@@ -102,7 +108,8 @@ void check_sizes(const cuda::Problem& problem) {
 
 void check_pointers(const cuda::Problem& problem) {
   check_range("row_stride", problem.row_stride, problem.n > 1 ? problem.d : 0, INT64_MAX);
-  require(problem.row_numbers != nullptr || problem.listed == problem.n, "rows_count must be n where there are no rows");
+  require(problem.row_numbers != nullptr || problem.listed == problem.n,
+          "rows_count must be n where there are no rows");
   require(problem.segments != nullptr || problem.longest == problem.listed,
           "longest must be rows_count where there are no segments");
   require((problem.type == cuda::Type::int8) == (problem.scales != nullptr), "scales go with int8 embeddings alone");
@@ -178,12 +185,30 @@ std::size_t workspace_bytes(int device, const std::string& dtype, std::int64_t n
   return cuda::workspace_bytes(problem, description);
 }
 
+// A pool of our own, which keeps what it has over synchronisations; the device's default pool is other libraries' too,
+// and gives its memory back each time.
+cudaMemPool_t pool_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, cudaMemPool_t> pools;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaMemPool_t& pool = pools[device];
+  if (pool != nullptr) return pool;
+  cudaMemPoolProps wanted{};
+  wanted.allocType = cudaMemAllocationTypePinned;
+  wanted.location.type = cudaMemLocationTypeDevice;
+  wanted.location.id = device;
+  check(cudaMemPoolCreate(&pool, &wanted), "making a memory pool");
+  std::uint64_t kept = std::uint64_t{256} << 20;
+  check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "setting up a memory pool");
+  return pool;
+}
+
 std::uintptr_t allocate(std::size_t bytes, int device, std::uintptr_t stream) {
   const py::gil_scoped_release released;
   const DeviceGuard guard(device);
   void* memory = nullptr;
   const std::string doing = "allocating " + std::to_string(bytes) + " bytes on the device";
-  check(cudaMallocAsync(&memory, bytes, pointer<CUstream_st>(stream)), doing.c_str());
+  check(cudaMallocFromPoolAsync(&memory, bytes, pool_of(device), pointer<CUstream_st>(stream)), doing.c_str());
   return reinterpret_cast<std::uintptr_t>(memory);
 }
 
@@ -223,7 +248,7 @@ PYBIND11_MODULE(_topk_cuda, module, py::mod_gil_not_used()) {
              py::arg("rows_count"), py::arg("longest"), py::arg("k"), py::arg("normalized"), py::arg("scores"),
              py::arg("indices"), py::arg("workspace"), py::arg("workspace_bytes"),
              "Queue the kernels on `stream`: scores float32[m, min(k, longest)] and indices int64 of that shape.\n\n"
-             "Pointers are device addresses, 0 for none; row_stride counts elements; longest bounds a segment's length.\n"
+             "Pointers are device addresses, 0 for none; row_stride counts elements; longest bounds a segment.\n"
              "Raises ValueError for sizes that cannot be, RuntimeError with the name of the CUDA error.");
   module.def("workspace_bytes", &workspace_bytes, py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("n"),
              py::arg("d"), py::arg("query_dtype"), py::arg("m"), py::arg("has_rows"), py::arg("has_segments"),

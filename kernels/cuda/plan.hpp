@@ -82,9 +82,8 @@ inline std::int64_t expected_length(const Problem& problem) {
 inline void choose_shape(Plan& plan, const Problem& problem, const Device& device, int k) {
   const auto limit = static_cast<std::size_t>(device.shared_bytes_per_block);
   const bool shared_rows = plan.aligned && problem.segments == nullptr;
-  if (device.clusters && plan.aligned && expected_length(problem) <= kClusterLongest && (!shared_rows || problem.m <= 16)) {
-    return shape_into<1, true>(plan, k);
-  }
+  const bool short_lists = expected_length(problem) <= kClusterLongest && (!shared_rows || problem.m <= 16);
+  if (device.clusters && plan.aligned && short_lists) return shape_into<1, true>(plan, k);
   if (shared_rows && problem.m > 1) {
     shape_into<8, false>(plan, k);
     if (plan.shared_bytes <= limit) return;
@@ -92,13 +91,14 @@ inline void choose_shape(Plan& plan, const Problem& problem, const Device& devic
   shape_into<1, false>(plan, k);
 }
 
-// One wave of blocks for short lists; four for long ones, as the memory does not serve all multiprocessors equally fast.
+// One wave of blocks for short lists; four for long ones, as memory does not serve all multiprocessors equally fast.
 inline std::int64_t choose_parts(const Plan& plan, const Problem& problem, const Device& device, int k) {
   constexpr std::int64_t kFewestRows = 128;
   constexpr std::int64_t kManyRows = 2048;
   constexpr std::int64_t kMostPartialBytes = std::int64_t{64} << 20;
-  const auto per_multiprocessor = device.shared_bytes_per_multiprocessor / static_cast<std::int64_t>(plan.shared_bytes + 1024);
-  const std::int64_t resident = device.multiprocessors * std::clamp<std::int64_t>(per_multiprocessor, 1, plan.blocks);
+  const auto block_bytes = static_cast<std::int64_t>(plan.shared_bytes) + 1024;  // CUDA takes 1 KiB for itself
+  const std::int64_t fitting = device.shared_bytes_per_multiprocessor / block_bytes;
+  const std::int64_t resident = device.multiprocessors * std::clamp<std::int64_t>(fitting, 1, plan.blocks);
   const std::int64_t wave = std::max<std::int64_t>(resident / plan.tiles, 1);
   const std::int64_t length = expected_length(problem);
   std::int64_t parts = std::min(wave, (length + kFewestRows - 1) / kFewestRows);
@@ -107,7 +107,9 @@ inline std::int64_t choose_parts(const Plan& plan, const Problem& problem, const
   return std::max<std::int64_t>(std::min(parts, kMostPartialBytes / bytes_per_part), 1);
 }
 
-inline int answers_per_pass(const Problem& problem) { return static_cast<int>(std::min<std::int64_t>(problem.k, kPass)); }
+inline int answers_per_pass(const Problem& problem) {
+  return static_cast<int>(std::min<std::int64_t>(problem.k, kPass));
+}
 
 // For a problem with m, longest and k of at least 1.
 inline Plan make_plan(const Problem& problem, const Device& device, bool aligned) {

@@ -170,7 +170,8 @@ __device__ inline void multiply(const Scan& scan, const float* values, const typ
         }
 #pragma unroll
         for (int q = 0; q < kQueries; ++q) {
-          const float4 y = *reinterpret_cast<const float4*>(values + q * scan.padded + strip + slice * 4 * kWarp + lane * 4);
+          const int at = q * scan.padded + strip + slice * 4 * kWarp + lane * 4;
+          const float4 y = *reinterpret_cast<const float4*>(values + at);
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             float& sum = products[(r * kQueries + q) / kSet][(r * kQueries + q) % kSet];

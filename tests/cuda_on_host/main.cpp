@@ -84,7 +84,8 @@ void answer(const Header& header, std::FILE* in, std::FILE* out) {
   const auto answers = static_cast<std::size_t>(problem.m * problem.k);
   std::vector<float> scores(answers, 42.0f);
   std::vector<std::int64_t> indices(answers, 42);
-  if (cuda::topk(problem, device, workspace.data(), scores.data(), indices.data(), nullptr) != cudaSuccess) std::exit(6);
+  const auto error = cuda::topk(problem, device, workspace.data(), scores.data(), indices.data(), nullptr);
+  if (error != cudaSuccess) std::exit(6);
   for (void* const array : owned) std::free(array);
 
   cuda::Plan plan{};
