@@ -1,4 +1,4 @@
-"""The CUDA module without a GPU: it imports, says what is missing, checks its arguments, and may be left out."""
+"""The CUDA module without a GPU: it imports, says what is missing, checks arguments, and may be left out."""
 
 import ast
 import os

@@ -218,8 +218,8 @@ def test_scores_that_rise_fall_or_stay(run):
 
 
 def test_queries_whose_best_fill_up_at_different_times(run):
-    # Query i's scores start to rise at row 32 i: with 32 rows between two barriers, the buffers of keys are full,
-    # and sorted, in different turns.
+    # Query i's scores start to rise at row 32 i: with 32 rows between two barriers, the buffers of keys are
+    # full, and sorted, in different turns.
     n = np.arange(640)
     heights = np.stack([np.clip(n - 32 * i - 100, 0, None) for i in range(4)], axis=1) / 1200.0
     rows = np.concatenate([heights, np.sqrt(1 - (heights**2).sum(axis=1, keepdims=True))], axis=1)
