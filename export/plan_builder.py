@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from geoengine.engine.backends.cuda import Cuda, mib
-from geoengine.engine.backends.plans import PlanConfig, plan_config, write_whole
+from geoengine.engine.backends.plans import PlanConfig, Profile, write_whole
 from geoengine.engine.backends.tensorrt_runner import collecting_logger, load_tensorrt
 from geoengine.engine.errors import ExportError, GeoEngineError
 
@@ -74,13 +74,13 @@ def main() -> int:
 def run_job(job: Mapping[str, Any], send: Send, stop: Stop) -> int:
     """Build `job["plans"]`; returns the exit status.
 
-    Each is {graph, onnx, plan, exact}: the graph's name, the absolute paths of its file and of the plan to
-    write, and the nodes that may multiply matrices in fp32. `job["config"]` is a `PlanConfig` as JSON,
-    `job["cache"]` the path of the timing cache.
+    Each is {graph, onnx, plan, profiles, exact}: the graph's name, the absolute paths of its file and of the
+    plan to write, the batches, and the nodes that may multiply matrices in fp32. `job["config"]` is a
+    `PlanConfig` as JSON, `job["cache"]` the path of the timing cache.
     """
     graph = ""
     try:
-        builder = PlanBuilder(plan_config(job["config"]), Path(job["cache"]), stop)
+        builder = PlanBuilder(PlanConfig(**job["config"]), Path(job["cache"]), stop)
         for entry in job["plans"]:
             graph = entry["graph"]
             start = time.perf_counter()
@@ -88,7 +88,8 @@ def run_job(job: Mapping[str, Any], send: Send, stop: Stop) -> int:
             def report(phase: str, share: float, graph: str = graph) -> None:
                 send({"event": "progress", "graph": graph, "phase": phase, "share": share})
 
-            facts = builder.build(Path(entry["onnx"]), Path(entry["plan"]), entry["exact"], report)
+            source, target = Path(entry["onnx"]), Path(entry["plan"])
+            facts = builder.build(source, target, entry["profiles"], entry["exact"], report)
             send({"event": "built", "graph": graph, "seconds": time.perf_counter() - start, **facts})
     except _Stopped:
         send({"event": "stopped"})
@@ -114,7 +115,12 @@ class PlanBuilder:
             raise ExportError(f"TensorRT does not start: {self._logger.last()}") from error
 
     def build(
-        self, onnx: Path, target: Path, exact: Sequence[str], report: Callable[[str, float], None]
+        self,
+        onnx: Path,
+        target: Path,
+        profiles: Sequence[Profile],
+        exact: Sequence[str],
+        report: Callable[[str, float], None],
     ) -> dict[str, int]:
         """Build the plan of an ONNX file into `target`; returns what is known of it only now.
 
@@ -124,8 +130,8 @@ class PlanBuilder:
         self._logger.errors.clear()
         network = self._parse(onnx)
         check_network(self._trt, network, onnx.name, exact)
-        self._check_memory(network, onnx)
-        config = self._configure(network, onnx, report)
+        self._check_memory(network, onnx, profiles[-1][2])
+        config = self._configure(network, onnx, profiles, report)
         plan = self._builder.build_serialized_network(network, config)
         if self._stop.wanted:
             raise _Stopped
@@ -153,7 +159,13 @@ class PlanBuilder:
             raise ExportError(f"TensorRT {trt.__version__} cannot read {onnx.name}: {told}")
         return network
 
-    def _configure(self, network: Any, onnx: Path, report: Callable[[str, float], None]) -> Any:  # noqa: ANN401
+    def _configure(
+        self,
+        network: Any,  # noqa: ANN401 - INetworkDefinition
+        onnx: Path,
+        profiles: Sequence[Profile],
+        report: Callable[[str, float], None],
+    ) -> Any:  # noqa: ANN401 - IBuilderConfig
         trt, settings = self._trt, self._config
         config = self._builder.create_builder_config()
         workspace = min(_WORKSPACE_BYTES, self._cuda.free_bytes() // 2)
@@ -164,7 +176,7 @@ class PlanBuilder:
             (config.set_flag if on else config.clear_flag)(getattr(trt.BuilderFlag, name))
         source = network.get_input(0)
         tail = tuple(source.shape)[1:]
-        for batches in settings.profiles:
+        for batches in profiles:
             profile = self._builder.create_optimization_profile()
             profile.set_shape(source.name, *((batch, *tail) for batch in batches))
             if config.add_optimization_profile(profile) < 0:
@@ -185,7 +197,7 @@ class PlanBuilder:
                 return
         raise ExportError(f"TensorRT takes no timing cache: {self._logger.last()}")
 
-    def _check_memory(self, network: Any, onnx: Path) -> None:  # noqa: ANN401 - INetworkDefinition
+    def _check_memory(self, network: Any, onnx: Path, batch: int) -> None:  # noqa: ANN401
         """Raise ExportError when input, output and the widest layer of the largest batch cannot fit."""
         source, result = network.get_input(0), network.get_output(0)
         pixels, tokens = 0, _elements(source.shape)
@@ -193,13 +205,13 @@ class PlanBuilder:
             pixels, tokens = tokens, _elements(result.shape)
         # Pixels in uint8 and fp16. A transformer's widest tensors, per element of its tokens: four times the
         # width and three for attention in fp16, residual and normalised values in fp32.
-        needed = self._config.max_batch * (pixels * 3 + tokens * (7 * 2 + 2 * 4))
+        needed = batch * (pixels * 3 + tokens * (7 * 2 + 2 * 4))
         free = self._cuda.free_bytes()
         if needed > free:
             raise ExportError(
-                f"{onnx.name} needs about {mib(needed)} of GPU memory for batches of "
-                f"{self._config.max_batch}, and {self._cuda.info.name} has {mib(free)} free: close what else "
-                "uses the GPU, or build with a smaller --max-batch"
+                f"{onnx.name} needs about {mib(needed)} of GPU memory for batches of {batch}, and "
+                f"{self._cuda.info.name} has {mib(free)} free: close what else uses the GPU, or build with a "
+                "smaller --max-batch"
             )
 
     def _inspect(self, plan: Any, name: str, exact: Sequence[str]) -> dict[str, int]:  # noqa: ANN401

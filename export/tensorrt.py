@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from geoengine.engine.backends.cuda import gpu_info
+from geoengine.engine.backends.gpu import pictures_per_batch
 from geoengine.engine.backends.plans import (
     FOLDER,
     PLANS_FILE,
@@ -83,7 +84,7 @@ def build_plans(
     with _locked(folder, lambda: show(0, 0, "wait for another process that builds plans here")):
         for rest in folder.glob(".*.tmp"):
             rest.unlink()
-        read = {graph: _read(bundle, graph) for graph in graphs}
+        read = {graph: _read(bundle, graph, max_batch) for graph in graphs}
         done = _reusable(PlanSet(folder, machine, config, {}), read)
         missing = [graph for graph in graphs if graph not in done.plans]
         reused = frozenset(done.plans)
@@ -102,26 +103,31 @@ def remove_plans(bundle: EngineBundle) -> None:
 
 
 def plan_settings(max_batch: int, level: int) -> PlanConfig:
-    """Return how plans for batches up to `max_batch` are built; raises ExportError for impossible values.
-
-    Small batches have a profile of their own, because a kernel chosen for large ones wastes most of itself on
-    them. Batches of at least 8: TensorRT has built wrong plans for profiles of a single picture.
-    """
+    """Return how plans for batches up to `max_batch` are built; raises ExportError for impossible values."""
     if not MIN_BATCH <= max_batch <= MAX_BATCH:
         raise ExportError(f"--max-batch must be from {MIN_BATCH} to {MAX_BATCH}, got {max_batch}")
     if not 0 <= level <= 5:
         raise ExportError(f"TensorRT's optimisation level must be from 0 to 5, got {level}")
-    profiles: tuple[Profile, ...] = ((1, 8, min(max_batch, 32)),)
-    if max_batch > 32:
-        profiles += ((33, min(256, max_batch), max_batch),)
-    return PlanConfig(profiles=profiles, flags=FLAGS, level=level)
+    return PlanConfig(max_batch=max_batch, flags=FLAGS, level=level)
+
+
+def plan_profiles(max_batch: int) -> tuple[Profile, ...]:
+    """Return the profiles for batches up to `max_batch`.
+
+    Small batches have one of their own, because a kernel chosen for large ones wastes most of itself on them.
+    None is for a single picture alone: TensorRT has built wrong plans for that.
+    """
+    largest = max(max_batch, 2)
+    small = (1, min(8, largest), min(32, largest))
+    return (small, (33, min(256, largest), largest)) if largest > 32 else (small,)
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """The files that a graph consists of, by path in the bundle, and its nodes that may compute in fp32."""
+    """A graph's files by path in the bundle, its batches, and its nodes that may compute in fp32."""
 
     sources: dict[str, str]
+    profiles: tuple[Profile, ...]
     exact: list[str]
 
 
@@ -143,6 +149,7 @@ class _Build:
                     "graph": graph,
                     "onnx": str(self._bundle.path.absolute() / graph),
                     "plan": str(self._temporary(graph)),
+                    "profiles": self._graphs[graph].profiles,
                     "exact": self._graphs[graph].exact,
                 }
                 for graph in graphs
@@ -194,14 +201,15 @@ class _Build:
     def _keep(self, event: Mapping[str, Any]) -> None:
         """Put a finished plan in place, then name it in `plans.json`."""
         graph = event["graph"]
-        sources = self._graphs[graph].sources
+        read = self._graphs[graph]
         data = self._temporary(graph).read_bytes()
         plan = Plan(
             file=_plan_name(graph),
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
-            key=plan_key(self._done.machine, self._done.config, sources),
-            sources=sources,
+            key=plan_key(self._done.machine, self._done.config, read.profiles, read.sources),
+            sources=read.sources,
+            profiles=read.profiles,
             scratch_bytes=event["scratch_bytes"],
             fused_attention=event["fused_attention"],
             seconds=round(event["seconds"], 3),
@@ -258,7 +266,7 @@ def _plan_name(graph: str) -> str:
     return f"{name}.plan"
 
 
-def _read(bundle: EngineBundle, graph: str) -> _Graph:
+def _read(bundle: EngineBundle, graph: str, max_batch: int) -> _Graph:
     import onnx
 
     model = onnx.load(str(bundle.path / graph), load_external_data=False)
@@ -273,7 +281,11 @@ def _read(bundle: EngineBundle, graph: str) -> _Graph:
         raise ExportError(
             f"{graph} points to {strange[0]}, which the manifest of {bundle.path} does not name"
         )
+    sides = {name: side for side, name in bundle.manifest.graphs[VARIANT].trunks.items()}
+    if graph in sides:  # a head takes what any trunk gives
+        max_batch = pictures_per_batch(bundle, VARIANT, sides[graph], max_batch)
     return _Graph(
+        profiles=plan_profiles(max_batch),
         sources={path: files[path].sha256 for path in sorted(paths)},
         exact=[node.name for node in model.graph.node if any(map(_resizes, node.input))],
     )
@@ -294,7 +306,7 @@ def _reusable(wanted: PlanSet, graphs: Mapping[str, _Graph]) -> PlanSet:
         graph: there[graph]
         for graph, read in graphs.items()
         if graph in there
-        and there[graph].key == plan_key(wanted.machine, wanted.config, read.sources)
+        and there[graph].key == plan_key(wanted.machine, wanted.config, read.profiles, read.sources)
         and intact(wanted, there[graph])
     }
     return replace(wanted, plans=kept)

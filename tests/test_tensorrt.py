@@ -16,7 +16,7 @@ from onnx import external_data_helper
 from tiny_bundle import write_manifest
 from trt_contract.bundles import write_fp16_bundle
 
-from geoengine.engine.backends import tensorrt_runner
+from geoengine.engine.backends import gpu, tensorrt_runner
 from geoengine.engine.backends.plans import Machine, find_plans, load_plans, read_plan
 from geoengine.engine.backends.tensorrt import TensorRt
 from geoengine.engine.bundle import EngineBundle
@@ -24,7 +24,7 @@ from geoengine.engine.errors import BackendError, ExportError
 from geoengine.engine.manifest import BundleFile, Variant
 from geoengine.export import plan_builder
 from geoengine.export import tensorrt as export_module
-from geoengine.export.tensorrt import build_plans, plan_settings, remove_plans
+from geoengine.export.tensorrt import build_plans, plan_profiles, plan_settings, remove_plans
 
 CHILD = (sys.executable, str(Path(__file__).parent / "trt_contract" / "plain_child.py"))
 MACHINE = Machine(gpu="NVIDIA H100 80GB HBM3", compute_capability="9.0", driver="13.0", tensorrt="11.4.0.106")
@@ -60,7 +60,16 @@ def test_plans_lie_in_the_machines_folder(bundle):
     assert {report.seconds for report in reports} == {0.25}
     files = {file.name for file in (bundle.path / FOLDER).iterdir()}
     assert files == {*PLANS, "plans.json", ".lock"}
-    assert find_plans(bundle, MACHINE).config.profiles == ((1, 8, 32), (33, 64, 64))
+    profiles = {plan.profiles for plan in find_plans(bundle, MACHINE).plans.values()}
+    assert profiles == {((1, 8, 32), (33, 64, 64))}
+
+
+def test_large_pictures_have_smaller_batches(bundle, monkeypatch):
+    monkeypatch.setattr(gpu, "SLOT_BYTES", 3 * 16 * 16 * 40)
+    build_plans(bundle, max_batch=64)
+    largest = {graph: plan.profiles[-1][2] for graph, plan in find_plans(bundle, MACHINE).plans.items()}
+    assert largest.pop("onnx/trunk.16.fp16.onnx") == 40
+    assert set(largest.values()) == {64}
 
 
 def test_progress_counts_hundredths_of_plans(bundle):
@@ -217,11 +226,12 @@ def test_only_nodes_that_resize_may_compute_in_fp32(tmp_path):
     (tmp_path / "onnx").mkdir()
     files = write_encoder(SMALL.build(), tmp_path / "onnx", variant=Variant.fp16, sides=(16, 24))
     known = {file.relative_to(tmp_path).as_posix(): BundleFile(1, "ab") for file in tmp_path.rglob("*.*")}
-    bundle = SimpleNamespace(path=tmp_path, manifest=SimpleNamespace(files=known))
+    graphs = {Variant.fp16: SimpleNamespace(trunks={})}
+    bundle = SimpleNamespace(path=tmp_path, manifest=SimpleNamespace(files=known, graphs=graphs))
     exact = {}
     for part, file in files.items():
         graph = file.relative_to(tmp_path).as_posix()
-        exact[part] = export_module._read(bundle, graph).exact
+        exact[part] = export_module._read(bundle, graph, 64).exact
         nodes = {node.name: node.op_type for node in onnx.load(file, load_external_data=False).graph.node}
         assert len(nodes) > 10 and "" not in nodes
         assert [nodes[name] for name in exact[part]] == ["MatMul"] * len(exact[part])
@@ -264,7 +274,7 @@ def swap(old, new):
             swap('"scratch_bytes": 1000', '"scratch_bytes": "many"'),
             "scratch_bytes.*must be a size, got 'many'",
         ),
-        (swap("33,", "32,"), "rising batch sizes"),
+        (lambda text: text.replace("33,", "32,"), "rising batch sizes"),
     ],
 )
 def test_a_damaged_list_of_plans_is_refused_and_made_again(built, damage, words):
@@ -312,6 +322,7 @@ def test_a_full_disk_is_said_before_the_work(bundle, monkeypatch):
 @pytest.mark.parametrize(
     ("max_batch", "profiles"),
     [
+        (1, ((1, 2, 2),)),
         (8, ((1, 8, 8),)),
         (32, ((1, 8, 32),)),
         (33, ((1, 8, 32), (33, 33, 33))),
@@ -319,7 +330,7 @@ def test_a_full_disk_is_said_before_the_work(bundle, monkeypatch):
     ],
 )
 def test_profiles_cover_every_batch(max_batch, profiles):
-    assert plan_settings(max_batch, 3).profiles == profiles
+    assert plan_profiles(max_batch) == profiles
 
 
 @pytest.mark.parametrize(("max_batch", "level"), [(7, 3), (4097, 3), (64, -1), (64, 6)])

@@ -149,4 +149,5 @@ def test_later_heads_come_from_the_timing_cache(bundle, tmp_path):
     settings = replace(settings, flags={**settings.flags, "ERROR_ON_TIMING_CACHE_MISS": True})
     builder = plan_builder.PlanBuilder(settings, plans.folder / "timing.cache", plan_builder.Stop())
     head = bundle.path / bundle.manifest.graphs["fp16"].heads["z04"]
-    builder.build(head, tmp_path / "head.plan", [], lambda phase, share: None)
+    profiles = plans.plans[bundle.manifest.graphs["fp16"].heads["z04"]].profiles
+    builder.build(head, tmp_path / "head.plan", profiles, [], lambda phase, share: None)

@@ -178,6 +178,11 @@ def graph_batch(count: int, room: int) -> int | None:
     return next((batch for batch in GRAPH_BATCHES if count <= batch <= room), None)
 
 
+def pictures_per_batch(bundle: EngineBundle, variant: Variant, side: int, max_batch: int) -> int:
+    """Return the largest batch of pictures of `side` pixels that comes to an encoder."""
+    return min(max_batch, staging_bytes(bundle, variant, max_batch) // (3 * side * side))
+
+
 def _has_kernels() -> bool:
     """Tell whether this installation can score embeddings on the GPU."""
     from geoengine.kernels.tensors import cuda_kernels

@@ -56,23 +56,19 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
-    """How plans are built: profiles by rising batch, builder flags (on or off), optimisation level 0 to 5."""
+    """How plans are built: the largest batch, builder flags (on or off), optimisation level 0 to 5."""
 
-    profiles: tuple[Profile, ...]
+    max_batch: int
     flags: Mapping[str, bool]
     level: int
-
-    @property
-    def max_batch(self) -> int:
-        """The largest batch of any profile."""
-        return self.profiles[-1][2]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """One plan: its file and checksum, what it was built from, and what it needs.
 
-    `sources` maps the ONNX file and its weight files, as paths in the bundle, to their SHA-256.
+    `sources` maps the ONNX file and its weight files, as paths in the bundle, to their SHA-256. `profiles`
+    rise; where pictures are large, they end before the configuration's largest batch.
     `scratch_bytes` is the GPU memory that running it takes besides weights, inputs and outputs,
     `fused_attention` the number of attention blocks that TensorRT runs as one kernel.
     """
@@ -82,6 +78,7 @@ class Plan:
     sha256: str
     key: str
     sources: Mapping[str, str]
+    profiles: tuple[Profile, ...]
     scratch_bytes: int
     fused_attention: int
     seconds: float
@@ -107,15 +104,18 @@ class PlanSet:
         write_whole(self.folder / PLANS_FILE, (json.dumps(data, indent=2) + "\n").encode())
 
 
-def plan_key(machine: Machine, config: PlanConfig, sources: Mapping[str, str]) -> str:
+def plan_key(
+    machine: Machine, config: PlanConfig, profiles: Sequence[Profile], sources: Mapping[str, str]
+) -> str:
     """Return the SHA-256 of all that decides what a plan is: a plan with this key need not be built again."""
-    parts = {"schema": SCHEMA, "machine": asdict(machine), "config": asdict(config), "sources": dict(sources)}
+    parts = {
+        "schema": SCHEMA,
+        "machine": asdict(machine),
+        "config": asdict(config),
+        "profiles": list(profiles),
+        "sources": dict(sources),
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def plan_config(data: Mapping[str, Any]) -> PlanConfig:
-    """Return the configuration that `asdict` and JSON made of one; raises ValueError for wrong profiles."""
-    return PlanConfig(**{**data, "profiles": _profiles(data["profiles"])})
 
 
 def load_plans(folder: Path) -> PlanSet:
@@ -125,8 +125,8 @@ def load_plans(folder: Path) -> PlanSet:
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']!r:.40} is not {SCHEMA}")
         machine = Machine(**data["machine"])
-        config = plan_config(data["config"])
-        plans = {graph: Plan(**entry) for graph, entry in data["plans"].items()}
+        config = PlanConfig(**data["config"])
+        plans = {graph: _plan(entry) for graph, entry in data["plans"].items()}
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"it lacks or misspells a field ({error})") from error
     for plan in plans.values():
@@ -134,7 +134,7 @@ def load_plans(folder: Path) -> PlanSet:
             raise ValueError(f"{plan.file!r:.80} is no file name of a plan")
         if not isinstance(plan.scratch_bytes, int) or plan.scratch_bytes < 0:
             raise ValueError(f'"scratch_bytes" must be a size, got {plan.scratch_bytes!r:.40}')
-        if plan.key != plan_key(machine, config, plan.sources):
+        if plan.key != plan_key(machine, config, plan.profiles, plan.sources):
             raise ValueError(f"the key of {plan.file} does not fit what it was built from")
     return PlanSet(folder, machine, config, plans)
 
@@ -227,6 +227,10 @@ def _problem(bundle: EngineBundle, plans: PlanSet, graph: str) -> str | None:
     if file.stat().st_size != plan.bytes:
         return f"{plan.file} is damaged: it has {file.stat().st_size} bytes instead of {plan.bytes}"
     return None
+
+
+def _plan(entry: Mapping[str, Any]) -> Plan:
+    return Plan(**{**entry, "profiles": _profiles(entry["profiles"])})
 
 
 def _profiles(value: Sequence[Any]) -> tuple[Profile, ...]:

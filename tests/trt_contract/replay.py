@@ -25,7 +25,7 @@ from geoengine.engine.backends.tensorrt import TensorRt
 from geoengine.engine.errors import BackendError
 from geoengine.export import plan_builder
 from geoengine.export import tensorrt as export_module
-from geoengine.export.tensorrt import build_plans, plan_settings
+from geoengine.export.tensorrt import build_plans, plan_profiles, plan_settings
 from geoengine.kernels import cosine_topk
 
 FOLDER = Path(sys.argv[1])
@@ -69,7 +69,7 @@ def check_a_whole_build_in_its_own_process():
     assert [report.graph for report in reports] == BUNDLE.manifest.graphs["fp16"].files()
     folder = BUNDLE.path / "tensorrt" / f"emulated-gpu-sm90-trt{trt.__version__}"
     plans = load_plans(folder)
-    assert plans.config.profiles == ((1, 8, 32), (33, 256, 1024))
+    assert {plan.profiles for plan in plans.plans.values()} == {((1, 8, 32), (33, 256, 1024))}
     for report in reports:
         file = BUNDLE.path / report.artifact
         assert file.parent == folder and file.stat().st_size == report.bytes
@@ -105,6 +105,7 @@ def build_here(trouble, graphs=("onnx/trunk.8.fp16.onnx", "onnx/head_z01.fp16.on
             "graph": graph,
             "onnx": str(BUNDLE.path / graph),
             "plan": str(FOLDER / f"{index}.tmp"),
+            "profiles": plan_profiles(64),
             "exact": ["resize"] if "16" in graph else [],
         }
         for index, graph in enumerate(graphs)
