@@ -61,9 +61,11 @@ class _Stem:
         weight = drawing.weight("w_patch", kernel.flatten(1).T, per_input.float()[:, None], half=True)
         x = drawing.op("MatMul", drawing.cast(patches, drawing.products), weight)
         x = drawing.cast(x, _FLOAT)
-        prefix = len(parts.prefix)
-        if prefix:  # zeros, to which the position adds what these tokens are
-            x = drawing.op("Pad", x, drawing.integers(0, prefix, 0, 0, 0, 0))
+        if len(parts.prefix):
+            # Zeros, to which the position adds what these tokens are. They are made from patches since that
+            # needs no shapes at run time; of Pad, ONNX Runtime has no CUDA kernel for opset 23.
+            zeros = drawing.with_number("Mul", drawing.rows(x, 0, len(parts.prefix)), 0.0)
+            x = drawing.op("Concat", zeros, x, axis=1)
         position = torch.cat([parts.prefix.double(), parts.position.double() + bias])
         x = drawing.op("Add", x, drawing.weight("position", position.float()))
         return x if parts.pre_norm is None else drawing.norm("ln_pre", parts.pre_norm, x)
