@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from geoengine.engine.backends.cuda import Cuda, mib
 from geoengine.engine.backends.plans import PlanConfig, Profile, write_whole
@@ -41,9 +41,12 @@ class Stop:
     def __init__(self) -> None:
         self.wanted = False
 
-    def watch(self, stream: TextIO) -> None:
-        """Read the stream to its end, then want to stop; for a thread of its own."""
-        stream.read()
+    def watch(self, file: int) -> None:
+        """Read the file to its end, then want to stop; for a thread of its own."""
+        while os.read(
+            file, 1024
+        ):  # not through a buffer, which could not be closed while a thread waits in it
+            pass
         self.wanted = True
 
 
@@ -57,7 +60,7 @@ def main() -> int:
     os.dup2(2, 1)  # what libraries print must not mix with the events
     job = json.loads(sys.stdin.readline())
     stop = Stop()
-    threading.Thread(target=stop.watch, args=(sys.stdin,), daemon=True).start()
+    threading.Thread(target=stop.watch, args=(0,), daemon=True).start()
     lock = threading.Lock()
 
     def send(event: Mapping[str, Any]) -> None:
@@ -133,13 +136,14 @@ class PlanBuilder:
         self._check_memory(network, onnx, profiles[-1][2])
         config = self._configure(network, onnx, profiles, report)
         plan = self._builder.build_serialized_network(network, config)
+        # Also after a build that failed: what was measured need not be measured again.
+        write_whole(self._cache, bytes(memoryview(config.get_timing_cache().serialize())))
         if self._stop.wanted:
             raise _Stopped
         if plan is None:
             raise ExportError(f"TensorRT cannot build {onnx.name}: {self._logger.last()}")
         facts = self._inspect(plan, onnx.name, exact)
         target.write_bytes(plan)
-        write_whole(self._cache, bytes(memoryview(config.get_timing_cache().serialize())))
         return facts
 
     def _parse(self, onnx: Path) -> Any:  # noqa: ANN401 - INetworkDefinition

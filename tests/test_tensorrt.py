@@ -397,6 +397,12 @@ def test_nested_phases_make_one_share():
     assert seen == [("build", 0.25), ("time", 0.375), ("build", 0.5)]
 
 
+def test_a_bundle_without_plans_is_refused_before_tensorrt_is_loaded(bundle, monkeypatch):
+    monkeypatch.setattr(tensorrt_runner.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(BackendError, match=r"has no TensorRT plans: build them here with"):
+        TensorRt(bundle)
+
+
 def test_missing_tensorrt_is_said_with_the_command(built, monkeypatch):
     monkeypatch.setattr(tensorrt_runner.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match=re.escape("pip install 'geoengine[tensorrt]'")):

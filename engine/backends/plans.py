@@ -139,6 +139,12 @@ def load_plans(folder: Path) -> PlanSet:
     return PlanSet(folder, machine, config, plans)
 
 
+def require_plans(bundle: EngineBundle) -> None:
+    """Raise BackendError when a bundle has no plans for any machine, before CUDA and TensorRT are loaded."""
+    if not any((bundle.path / FOLDER).glob(f"*/{PLANS_FILE}")):
+        raise BackendError(f"engine bundle {bundle.path} has no TensorRT plans: {remedy(bundle)}")
+
+
 def find_plans(bundle: EngineBundle, machine: Machine) -> PlanSet:
     """Return the bundle's plans for a machine; raises BackendError with the command that builds them.
 

@@ -17,7 +17,7 @@ from geoengine.engine.backends.gpu import (
     graph_batch,
     staging_bytes,
 )
-from geoengine.engine.backends.plans import VARIANT, find_plans, read_plan, remedy
+from geoengine.engine.backends.plans import VARIANT, find_plans, read_plan, remedy, require_plans
 from geoengine.engine.backends.tensorrt_runner import LoadedPlan, Runner, require_tensorrt, this_machine
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError
@@ -38,6 +38,7 @@ class TensorRt:
         del threads  # the GPU does the work
         self.variant = choose_variant(bundle, self.name, precision, (VARIANT,))
         require_tensorrt()
+        require_plans(bundle)
         self._bundle = bundle
         self._cuda = Cuda()
         try:

@@ -160,7 +160,9 @@ def check_failures_name_the_node_and_the_reason():
 
 
 def check_a_build_stops_when_it_is_told_to():
+    (FOLDER / "cache").unlink()
     events = build_here({"trunk.8": "endless", "stop": True})
+    assert (FOLDER / "cache").read_bytes() == b"timings", "what was measured is kept"
     assert events[-1] == {"event": "stopped"}
     assert not any(event["event"] == "built" for event in events)
 
