@@ -364,7 +364,9 @@ def told(kind):
     ],
 )
 def test_fp32_matrix_products_of_a_plan_are_found(layer, fine):
-    text = json.dumps({"Layers": [LAYER | layer, {"LayerType": "kgen", "TacticName": "_gemm_mha_v2_0x1"}]})
+    attention = {"LayerType": "kgen", "TacticName": "_gemm_mha_v2_0x1"}
+    again = attention | {"Name": "__mye_12 [profile 1]"}
+    text = json.dumps({"Layers": [LAYER | layer, attention, again]})
     if fine:
         assert plan_builder.check_layers(text, "trunk.onnx", ["node_matmul_1"]) == 1
     else:
