@@ -211,7 +211,7 @@ def xy_at(lng_deg: npt.ArrayLike, lat_deg: npt.ArrayLike, z: int) -> XyArray:
     """Return the tile of zoom z of each point, int64[n, 2]: the array form of `tile_at`, with its rules."""
     lng, lat = np.broadcast_arrays(np.atleast_1d(_floats(lng_deg)), np.atleast_1d(_floats(lat_deg)))
     n = tile_count(z)
-    fraction = np.stack([_east_fraction(_wrapped(lng)), _south_fraction(lat)], axis=-1)  # (n, 2)
+    fraction = np.stack([east_fraction(_wrapped(lng)), south_fraction(lat)], axis=-1)  # (n, 2)
     return np.clip(np.floor((fraction + _EDGE) * n), 0, n - 1).astype(np.int64)
 
 
@@ -219,14 +219,14 @@ def centers(z: int, xy: npt.ArrayLike) -> FloatArray:
     """Return the centre of each tile (eq. 1, 2), float64[n, 2] with columns (lng, lat) in degrees."""
     n = tile_count(z)
     middle = as_xy(z, xy).astype(np.float64) + 0.5
-    return np.stack([_lng_deg(middle[:, 0], n), _lat_deg(middle[:, 1], n)], axis=1)
+    return np.stack([_lng_deg(middle[:, 0], n), lat_of_row(middle[:, 1], n)], axis=1)
 
 
 def bounds_array(z: int, xy: npt.ArrayLike) -> FloatArray:
     """Return the box that each tile covers, float64[n, 4], columns (west, south, east, north) in degrees."""
     array, n = as_xy(z, xy), tile_count(z)
     x, y = array[:, 0], array[:, 1]
-    return np.stack([_lng_deg(x, n), _lat_deg(y + 1, n), _lng_deg(x + 1, n), _lat_deg(y, n)], axis=1)
+    return np.stack([_lng_deg(x, n), lat_of_row(y + 1, n), _lng_deg(x + 1, n), lat_of_row(y, n)], axis=1)
 
 
 def descendants_xy(xy: npt.ArrayLike, from_z: int, to_z: int) -> XyArray:
@@ -267,8 +267,8 @@ def xy_in_bbox(bbox: LngLatBbox, z: int) -> XyArray:
     west = -180.0 if west == 180.0 and width > 0 else float(_wrapped(west))
     left, top = xy_at(west, north, z)[0].tolist()
     # Across the antimeridian the last column is n or more, and is brought back by the remainder below.
-    right = max(left, math.ceil((float(_east_fraction(west)) + width / 360.0 - _EDGE) * n) - 1)
-    bottom = max(top, math.ceil((float(_south_fraction(south)) - _EDGE) * n) - 1)
+    right = max(left, math.ceil((float(east_fraction(west)) + width / 360.0 - _EDGE) * n) - 1)
+    bottom = max(top, math.ceil((float(south_fraction(south)) - _EDGE) * n) - 1)
     columns = min(right - left + 1, n)
     _check_room(columns * (bottom - top + 1), z)
     x, y = np.meshgrid(np.arange(left, left + columns) % n, np.arange(top, bottom + 1), indexing="ij")
@@ -299,12 +299,12 @@ def _wrapped(lng: FloatArray | float) -> FloatArray:
     return np.where(np.abs(lng) <= 180.0, lng, np.mod(np.add(lng, 180.0), 360.0) - 180.0)
 
 
-def _east_fraction(lng: FloatArray | float) -> FloatArray:
+def east_fraction(lng: FloatArray | float) -> FloatArray:
     """(E + pi) / 2 pi of eq. 5: 0 at longitude -180, 1 at 180."""
     return np.asarray(np.add(lng, 180.0) / 360.0)
 
 
-def _south_fraction(lat: FloatArray | float) -> FloatArray:
+def south_fraction(lat: FloatArray | float) -> FloatArray:
     """1 - (N + pi) / 2 pi of eq. 6, N from eq. 4: 0 at the north edge of the map, 1 at the south edge."""
     phi = np.radians(np.clip(lat, -MAX_LATITUDE_DEG, MAX_LATITUDE_DEG))
     return np.asarray(0.5 - np.log(np.tan(np.pi / 4 + phi / 2)) / (2 * np.pi), dtype=np.float64)
@@ -315,7 +315,7 @@ def _lng_deg(column: XyArray | FloatArray, n: int) -> FloatArray:
     return np.asarray(360.0 * (column / n) - 180.0, dtype=np.float64)
 
 
-def _lat_deg(row: XyArray | FloatArray, n: int) -> FloatArray:
+def lat_of_row(row: XyArray | FloatArray, n: int) -> FloatArray:
     """Eq. 1 for any position on the y axis, in tiles."""
     north = 2 * np.pi * (0.5 - row / n)
     return np.asarray(np.degrees(2 * np.arctan(np.exp(north)) - np.pi / 2), dtype=np.float64)
