@@ -19,8 +19,9 @@ from geoengine.engine.errors import BundleError, SourceError, TileError
 from geoengine.engine.manifest import PHOTO, encoder_name, model_name
 from geoengine.engine.photos import Photo, read_photo
 from geoengine.engine.preprocess import to_square
+from geoengine.engine.regions import Region, RegionError
 from geoengine.engine.results import Candidate, Level, Location, ScoredTile
-from geoengine.engine.search import Progress, SearchConfig, search
+from geoengine.engine.search import Progress, SearchConfig, levels_of, search
 from geoengine.engine.sources import TileSource, open_source
 from geoengine.engine.tiles import Tile, center, centers, great_circle_km_array, half_diagonal_km, parent
 
@@ -122,6 +123,7 @@ class GeoEngine:
         if isinstance(photos, str | bytes | os.PathLike | np.ndarray | Photo):
             raise TypeError(f"locate takes a list of photos, got one {type(photos).__name__}")
         self._check_levels(config.levels)
+        self._check_region(config.within)
         start = time.perf_counter()
         read = [self.prepare(photo) for photo in photos]
         embeddings = self.embed_photos(read)
@@ -155,6 +157,10 @@ class GeoEngine:
                 f"engine bundle {self.bundle.path} has levels {known}"
             )
 
+    def _check_region(self, within: Region | None) -> None:
+        if within is not None and within.of_earth and self.bundle.world != "earth":
+            raise RegionError(f"{within.name} is on Earth, and the {self.bundle.world} is not: give a box")
+
     def _location(
         self, photo: Photo, levels: tuple[Level, ...], config: SearchConfig, seconds: float
     ) -> Location:
@@ -186,6 +192,8 @@ class GeoEngine:
             attribution=self.source.attribution,
             model=model_name(manifest),
             seconds=seconds,
+            within="" if config.within is None else config.within.name,
+            left_out=tuple(sorted(set(config.levels) - set(levels_of(self.source, config.levels)))),
         )
 
 

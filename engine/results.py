@@ -98,6 +98,9 @@ class Location:
     the last beam agrees with itself. It is not calibrated: when an early level dropped the true place, the
     answer is far outside the radius.
 
+    `within` names the part of the world that was searched, "" for all of it. `left_out` are the levels that
+    were asked for and that the tile source does not have.
+
     `exif` is None unless the caller compared the answer with the photo's GPS tag; the search never sees it.
     """
 
@@ -113,4 +116,6 @@ class Location:
     attribution: str
     model: str
     seconds: float
+    within: str = ""
+    left_out: tuple[int, ...] = ()
     exif: ExifComparison | None = None

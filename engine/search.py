@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -14,8 +14,10 @@ from geoengine.engine.backends import EmbeddingRows
 from geoengine.engine.errors import GeoEngineError, SourceError, TileError
 from geoengine.engine.manifest import encoder_name
 from geoengine.engine.readahead import ReadAhead
+from geoengine.engine.regions import Region
+from geoengine.engine.regions.box import Box, Overlap
 from geoengine.engine.results import Level, ScoredTile
-from geoengine.engine.sources import TileBatch, TileSource
+from geoengine.engine.sources import WORLD_BOUNDS, TileBatch, TileSource
 from geoengine.engine.tiles import LEVELS, Tile, all_xy, descendants_xy, tile_count
 
 
@@ -41,11 +43,15 @@ READ_AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
-    """What is searched: `k` tiles kept after each level, the levels' zooms, `top` candidates reported."""
+    """What is searched: `k` tiles kept after each level, the levels' zooms, `top` candidates reported.
+
+    `within` is the part of the world that is searched, None for all of it.
+    """
 
     k: int = 16
     levels: tuple[int, ...] = LEVELS
     top: int = 5
+    within: Region | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("k", self.k), ("top", self.top)):
@@ -75,17 +81,21 @@ def search(
     is always exactly k, so the answer does not depend on batch size or backend.) Photos do not influence each
     other; tiles that several of them want are read and encoded once, and so are tiles with equal pixels.
 
-    Tiles that the source lacks are skipped and counted in `Level.missing`. A photo for which a level has no
-    tile at all ends with the level before. Raises SourceError when that is the first level; exceptions of
-    the source and of the encoders pass through, and no thread is left behind.
+    Only the levels that the source may have are searched, and of them only the tiles that overlap
+    `config.within` and the source's bounds. Tiles that the source lacks all the same are skipped and counted
+    in `Level.missing`. A photo for which a level has no tile at all ends with the level before. Raises
+    SourceError when that is the first level, or when the source has none of the levels; exceptions of the
+    source and of the encoders pass through, and no thread is left behind.
     """
     queries = np.ascontiguousarray(photo_embeddings, dtype=np.float32)
     found: list[list[Level]] = [[] for _ in queries]
-    candidates = dict.fromkeys(range(len(queries)), all_xy(config.levels[0]))
-    for index, zoom in enumerate(config.levels):
+    zooms, area = levels_of(source, config.levels), searched_area(source, config.within)
+    first = all_xy(zooms[0]) if area is None else area.tiles(zooms[0])
+    candidates = dict.fromkeys(range(len(queries)), first)
+    for index, zoom in enumerate(zooms):
         if index > 0:
             candidates = {
-                photo: descendants_xy([scored.tile[1:] for scored in levels[-1].beam], levels[-1].zoom, zoom)
+                photo: _descendants(levels[-1], zoom, area)
                 for photo, levels in enumerate(found)
                 if len(levels) == index  # the others had no tile at an earlier level
             }
@@ -97,8 +107,34 @@ def search(
             if level.beam:
                 found[photo].append(level)
         if index == 0 and not any(found):
-            raise SourceError(f"tile source {source.name} has no tile of zoom {zoom}, the first level")
+            where = "" if config.within is None else f" within {config.within.name}"
+            raise SourceError(f"tile source {source.name} has no tile of zoom {zoom}, the first level{where}")
     return [tuple(levels) for levels in found]
+
+
+def levels_of(source: TileSource, levels: Sequence[int]) -> list[int]:
+    """Return the levels that a source may have tiles of; raises SourceError when there are none."""
+    there = [zoom for zoom in levels if source.min_zoom <= zoom <= source.max_zoom]
+    if not there:
+        raise SourceError(
+            f"tile source {source.name} has zooms {source.min_zoom} to {source.max_zoom}, "
+            f"none of the levels {', '.join(map(str, levels))}"
+        )
+    return there
+
+
+def searched_area(source: TileSource, within: Region | None) -> Region | None:
+    """Return the part of the world in which both the search and the source have tiles; None for all of it."""
+    if source.bounds == WORLD_BOUNDS:
+        return within
+    bounds = Box(source.bounds)
+    return bounds if within is None else Overlap(within, bounds)
+
+
+def _descendants(level: Level, zoom: int, area: Region | None) -> NDArray[np.int64]:
+    """Return the tiles of a zoom, int64[n, 2], that lie in a level's beam and overlap the area."""
+    xy = descendants_xy([scored.tile[1:] for scored in level.beam], level.zoom, zoom)
+    return xy if area is None else xy[area.intersects(zoom, xy)]
 
 
 @dataclass(frozen=True, slots=True)

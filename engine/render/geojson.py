@@ -44,6 +44,7 @@ def _candidate_feature(location: Location, candidate: Candidate) -> Feature:
         "score": round(candidate.score, 6),
         "share": round(candidate.share, 6),
         "tile": str(candidate.tile),
+        "within": location.within,
         "tiles": location.tiles,
         "attribution": location.attribution,
         "model": location.model,

@@ -117,8 +117,11 @@ def _search_line(location: Location) -> str:
     scored = sum(level.candidates for level in location.levels)
     missing = sum(level.missing for level in location.levels)
     lacking = f" ({missing} more do not exist there)" if missing else ""
+    within = f" within {printable(location.within)}" if location.within else ""
+    absent = ", ".join(map(str, location.left_out))
+    without = f", without zoom {absent}, which it does not have" if absent else ""
     return (
-        f"search: k={location.k}, {scored} tiles of {printable(location.tiles)}{lacking}, "
+        f"search{within}: k={location.k}, {scored} tiles of {printable(location.tiles)}{lacking}{without}, "
         f"{printable(location.model)}, {location.seconds:.1f} s"
     )
 

@@ -65,6 +65,12 @@ def locate(
         typer.Option(help="Zooms to search, such as 4,6,8 or 4-16 (every second one). Default: all."),
     ] = None,
     top: Annotated[int, typer.Option(help="Candidates reported per photo.")] = 5,
+    within: Annotated[
+        str | None,
+        typer.Option(
+            help="Search only here: west,south,east,north in degrees, a GeoJSON file, or an ISO country code."
+        ),
+    ] = None,
     bundle: Annotated[
         str | None,
         typer.Option(help="Engine bundle folder, or planet. Default: engines/, then the data folder."),
@@ -102,7 +108,7 @@ def locate(
     Exit status: 0 all photos were located; 1 some were not; 2 none was, or the command line was wrong.
     """
     output = _output(as_json, as_geojson)
-    order = Order.parse(demo, bundle, tiles, k, levels, top, max_megapixels)
+    order = Order.parse(demo, bundle, tiles, k, levels, top, within, max_megapixels)
     if map_file is not None:
         _check_writable(map_file)
     session = Session(order, compare_exif)
@@ -137,10 +143,12 @@ class Order:
         k: int,
         levels: str | None,
         top: int,
+        within: str | None,
         max_megapixels: float,
     ) -> Order:
         """Check the options against each other; raises GeoEngineError."""
         from geoengine.engine.photos import PhotoLimits
+        from geoengine.engine.regions import parse_region
         from geoengine.engine.search import SearchConfig
         from geoengine.engine.tiles import LEVELS
 
@@ -153,7 +161,12 @@ class Order:
         return cls(
             bundle="planet" if demo else bundle,
             tiles="planet" if demo else tiles,
-            config=SearchConfig(k=k, levels=LEVELS if levels is None else parse_levels(levels), top=top),
+            config=SearchConfig(
+                k=k,
+                levels=LEVELS if levels is None else parse_levels(levels),
+                top=top,
+                within=None if within is None else parse_region(within),
+            ),
             all_levels=levels is None,
             limits=PhotoLimits(max_pixels=max(1, round(max_megapixels * 1e6))),
         )

@@ -255,6 +255,8 @@ function showPhoto(i) {
   const world = photo.world === "planet" ? "demo planet, not Earth" : "Earth";
   const rows = [["World", world], ["Uncertainty radius", `${km(photo.radius_km)} (uncalibrated)`], ["Score", photo.score.toFixed(3)],
     ["Beam width k", photo.k], ["Tiles", photo.tiles], ["Model", photo.model], ["Search", `${photo.seconds.toFixed(1)} s`]];
+  if (photo.within) rows.splice(1, 0, ["Searched", photo.within]);
+  if (photo.levels_left_out.length) rows.push(["Not searched", `zoom ${photo.levels_left_out.join(", ")}, which the tiles lack`]);
   if (photo.exif) rows.push(["GPS tag", photo.exif.distance_km === null ? "none" :
     `${km(photo.exif.distance_km)} away${photo.exif.meaningful ? "" : " (means nothing: not on Earth)"}`]);
   for (const [name, value] of rows) { node(facts, "dt", {}, name); node(facts, "dd", {}, value); }
