@@ -70,9 +70,7 @@ def table(figures: dict[str, Any]) -> str:
     batches = sorted({row["batch"] for row in figures["rows"]})
     names = list(dict.fromkeys(row["name"] for row in figures["rows"]))
     lines = [
-        "| encoder | "
-        + " | ".join(f"batch {batch}" for batch in batches)
-        + " | min cosine to fp32 |",
+        "| encoder | " + " | ".join(f"batch {batch}" for batch in batches) + " | min cosine to fp32 |",
         "| --- |" + " ---: |" * (len(batches) + 1),
     ]
     for name in names:

@@ -20,6 +20,8 @@ OPENVINO = "openvino"
 ONNXRUNTIME_CPU = "onnxruntime-cpu"
 
 _CLASSES = {
+    TENSORRT: ("tensorrt", "TensorRt"),
+    ONNXRUNTIME_CUDA: ("onnxruntime_cuda", "OnnxRuntimeCuda"),
     ONNXRUNTIME_CPU: ("onnxruntime", "OnnxRuntimeCpu"),
 }
 BACKENDS = tuple(_CLASSES)

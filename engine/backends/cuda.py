@@ -37,6 +37,7 @@ class DeviceArray:
     ) -> None:
         self.address = address
         self.shape = tuple(shape)
+        self.typestr = typestr
         self.room = self.shape[0] if room is None else room
         self.__cuda_array_interface__ = {
             "shape": self.shape,
