@@ -170,11 +170,11 @@ def _open_clip_block(block: Tower) -> BlockParts:
     attention, mlp = block.attn, block.mlp
     return BlockParts(
         heads=int(attention.num_heads),
-        norm=block.ln_1,
+        norm=_layer_norm(block.ln_1),
         qkv=Dense(attention.in_proj_weight.detach(), attention.in_proj_bias.detach()),
         out=_dense(attention.out_proj, block.ls_1),
         feed_forward=FeedForward(
-            block.ln_2, _dense(mlp.c_fc), _dense(mlp.c_proj, block.ls_2), activation_of(mlp.gelu)
+            _layer_norm(block.ln_2), _dense(mlp.c_fc), _dense(mlp.c_proj, block.ls_2), activation_of(mlp.gelu)
         ),
     )
 
@@ -238,7 +238,7 @@ def _timm_positions(trunk: Tower) -> tuple[Tensor, Tensor]:
 def _timm_block(block: Tower) -> BlockParts:
     return BlockParts(
         heads=int(block.attn.num_heads),
-        norm=block.norm1,
+        norm=_layer_norm(block.norm1),
         qkv=_dense(block.attn.qkv),
         out=_dense(block.attn.proj, block.ls1),
         feed_forward=_timm_feed_forward(block.norm2, block.mlp, block.ls2),
@@ -246,7 +246,7 @@ def _timm_block(block: Tower) -> BlockParts:
 
 
 def _timm_feed_forward(norm: Tower, mlp: Tower, scale: Tower = None) -> FeedForward:
-    return FeedForward(norm, _dense(mlp.fc1), _dense(mlp.fc2, scale), activation_of(mlp.act))
+    return FeedForward(_layer_norm(norm), _dense(mlp.fc1), _dense(mlp.fc2, scale), activation_of(mlp.act))
 
 
 def _latent_pool(pool: Tower) -> LatentPool:
@@ -286,7 +286,16 @@ def _dense(module: Tower, scale: Tower = None) -> Dense:
 
 
 def _norm(module: nn.Module) -> nn.LayerNorm | None:
-    return module if isinstance(module, nn.LayerNorm) else None
+    return None if isinstance(module, nn.Identity) else _layer_norm(module)
+
+
+def _layer_norm(module: nn.Module) -> nn.LayerNorm:
+    if not isinstance(module, nn.LayerNorm) or module.weight is None or module.bias is None:
+        raise ExportError(
+            f"encoders with the normalisation {module} cannot be exported, "
+            "only LayerNorm with weight and bias"
+        )
+    return module
 
 
 def _any_other(modules: Any, kind: type) -> bool:  # noqa: ANN401  # modules of untyped libraries

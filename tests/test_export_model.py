@@ -123,6 +123,7 @@ def test_other_open_clip_towers_are_refused(options, message):
         ({"qk_norm": True}, "custom attention blocks"),
         ({"global_pool": "max"}, 'pooling "max"'),
         ({"pos_embed": ""}, "no position embedding"),
+        ({"norm_layer": "rmsnorm"}, "the normalisation RmsNorm"),
         ({"proj": "mlp"}, "a projection of several layers"),
     ],
 )
