@@ -5,6 +5,7 @@ Only calls that TensorRT 10.13 and later and 11.x have in common are used.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import math
@@ -40,6 +41,7 @@ class Runner:
 
         `what` names it in errors, `remedy` says how to make another.
         """
+        self.logger.errors.clear()
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(
@@ -169,8 +171,12 @@ def this_machine(gpu: GpuInfo) -> Machine:
     )
 
 
+@functools.cache
 def collecting_logger(trt: Any) -> Any:  # noqa: ANN401 - TensorRT's classes exist only once it is loaded
-    """Return a TensorRT logger that keeps the newest errors in `errors`; `last()` gives them as one line."""
+    """Return a TensorRT logger that keeps the newest errors in `errors`; `last()` gives them as one line.
+
+    It is one for the process and never goes away: TensorRT keeps using the first that it was given.
+    """
 
     class Collecting(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
