@@ -21,6 +21,7 @@ from geoengine.engine.tiles import LEVELS
 from geoengine.export.check import Progress, Steps, check_backends, compile_bundle, pairs_of
 from geoengine.export.report import BuildReport, ReportRow, make_report, parity_table
 from geoengine.export.staging import Staging, locked
+from geoengine.export.tensorrt import DEFAULT_BATCH, MAX_BATCH, MIN_BATCH
 
 if TYPE_CHECKING:
     from geoengine.export.encoders import EncoderSet
@@ -35,8 +36,6 @@ PRECISIONS: Mapping[str, tuple[Variant, ...]] = {
 
 EARTH_SIDES = (256, 512)
 """Sides in pixels of the usual map tiles, besides the encoders' own."""
-
-MAX_BATCH = 1024
 
 _NEEDED = ("torch", "open_clip", "onnx", "onnx_ir", "safetensors")
 _FLOAT = "float"  # where fp32 graphs wait to be quantized, if the bundle is not to have them
@@ -65,7 +64,7 @@ class BuildConfig:
     encoder_folder: Path | None = None
     precisions: tuple[str, ...] | None = None
     backend: str = "auto"
-    max_batch: int = MAX_BATCH
+    max_batch: int = DEFAULT_BATCH
     calibration: Path | None = None
     input_sizes: tuple[int, ...] | None = None
     out: Path = Path("engines")
@@ -79,8 +78,10 @@ class BuildConfig:
             )
         if self.backend not in ("auto", *BACKENDS):
             raise ExportError(f"unknown backend {self.backend!r}: there are auto, {', '.join(BACKENDS)}")
-        if not 1 <= self.max_batch <= 4096:
-            raise ExportError(f"the largest batch must be from 1 to 4096, got {self.max_batch}")
+        if not MIN_BATCH <= self.max_batch <= MAX_BATCH:
+            raise ExportError(
+                f"the largest batch must be from {MIN_BATCH} to {MAX_BATCH}, got {self.max_batch}"
+            )
         if self.calibration is not None and not self.calibration.is_dir():
             raise ExportError(f"the folder of pictures for calibration, {self.calibration}, does not exist")
         if self.checkpoints is not None and self.encoder_folder is not None:

@@ -239,7 +239,7 @@ def test_a_full_disk_keeps_what_is_done(built, reuse, monkeypatch, tmp_path):
 class FakeBackend:
     """Gives one embedding for all, spoilt by `spoil(embeddings)`."""
 
-    name, variant, batch = "fake", Variant.fp32, 40
+    name, variant, batch, max_batch = "fake", Variant.fp32, 40, 50
 
     def __init__(self, spoil):
         self.spoil = spoil
@@ -309,7 +309,7 @@ def test_places_that_a_bundle_must_not_go(built, tmp_path, monkeypatch):
     [
         ({"precisions": ("fp16", "fp8")}, "unknown precision 'fp8': there are fp32, fp16, int8"),
         ({"backend": "cuda"}, "unknown backend 'cuda': there are auto, .*onnxruntime-cpu"),
-        ({"max_batch": 0}, "the largest batch must be from 1 to 4096, got 0"),
+        ({"max_batch": 0}, "the largest batch must be from 8 to 4096, got 0"),
         ({"calibration": Path("nowhere")}, "folder of pictures for calibration, nowhere, does not exist"),
         ({"checkpoints": Path("a"), "encoder_folder": Path("b")}, "not both"),
         ({"input_sizes": (0,)}, "from 1 to 4096 pixels"),

@@ -21,7 +21,7 @@ from geoengine.engine.errors import BackendError
 class OnHost(OnnxRuntimeCuda):
     """The backend with ONNX Runtime's provider for the CPU, whose runs wait on the emulated stream."""
 
-    provider, device = "CPUExecutionProvider", "cpu"
+    provider, device, max_batch = "CPUExecutionProvider", "cpu", 300
 
     def provider_options(self):
         return {}
@@ -42,7 +42,6 @@ def backend(bundle, monkeypatch):
     runtime = Emulated()
     monkeypatch.setattr(cuda, "cuda_runtime", lambda: runtime)
     monkeypatch.setattr(module, "share_arena", lambda provider: False)
-    monkeypatch.setattr(module, "MAX_BATCH", 300)
     monkeypatch.setitem(sys.modules, "geoengine.kernels._topk_cuda", EmulatedKernels(runtime))
     OnHost.runtime, OnHost.runs = runtime, []
     opened = OnHost(bundle)

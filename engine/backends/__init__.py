@@ -73,6 +73,11 @@ class Backend(Protocol):
         """How many pictures in one call suit it best."""
         ...
 
+    @property
+    def max_batch(self) -> int:
+        """The most pictures that a graph ever runs at once; larger calls are split."""
+        ...
+
     def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] RGB pictures; n may be 0.
 

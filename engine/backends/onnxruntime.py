@@ -34,7 +34,7 @@ class OnnxRuntimeCpu:
     """
 
     name = ONNXRUNTIME_CPU
-    batch = 2 * MAX_BATCH
+    batch, max_batch = 2 * MAX_BATCH, MAX_BATCH
 
     def __init__(
         self, bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None

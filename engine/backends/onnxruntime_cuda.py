@@ -42,7 +42,7 @@ class OnnxRuntimeCuda:
     """
 
     name = ONNXRUNTIME_CUDA
-    batch = PREFERRED_BATCH
+    batch, max_batch = PREFERRED_BATCH, MAX_BATCH
     provider, device = "CUDAExecutionProvider", "cuda"
 
     def __init__(
@@ -90,13 +90,15 @@ class OnnxRuntimeCuda:
         session.run_with_iobinding(binding, options)
 
     def _open(self) -> None:
-        self._feed = GpuFeed(self._cuda, self._bundle, self.variant, self._encode_into, max_batch=MAX_BATCH)
+        self._feed = GpuFeed(
+            self._cuda, self._bundle, self.variant, self._encode_into, max_batch=self.max_batch
+        )
         self._one_arena = share_arena(self.provider)
         self._sessions = Sessions(self.name, (self.provider, self.provider_options()), self._configure)
         self._bindings: dict[tuple[Path, int, int], tuple[IOBinding, RunOptions]] = {}
         trunk = self._sessions.get(self._trunk(self._bundle.image_size))
         self._token_shape = tuple(int(size) for size in trunk.get_outputs()[0].shape[1:])
-        self._tokens = self._cuda.allocate(MAX_BATCH * 4 * math.prod(self._token_shape), "tokens")
+        self._tokens = self._cuda.allocate(self.max_batch * 4 * math.prod(self._token_shape), "tokens")
         self._row_bytes = 4 * self._bundle.embed_dim
         self._embeddings = self._cuda.allocate(GRAPH_BATCHES[-1] * self._row_bytes, "embeddings")
 

@@ -66,7 +66,7 @@ class TensorRt:
         machine = this_machine(self._cuda.info)
         self._plans = find_plans(self._bundle, machine)
         self._check_memory()
-        max_batch = self._plans.config.max_batch
+        max_batch = self.max_batch = self._plans.config.max_batch
         self.batch = min(max_batch, PREFERRED_BATCH)
         self._feed = GpuFeed(self._cuda, self._bundle, self.variant, self._encode_into, max_batch=max_batch)
         self._runner = Runner(self._cuda, self._feed.stream, self._scratch_bytes())
