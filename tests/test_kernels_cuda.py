@@ -172,3 +172,31 @@ def test_a_broken_compiler_stops_only_who_insists(configure, tmp_path):
     assert insisting.returncode != 0
     assert "GEOENGINE_CUDA=ON, but no working CUDA" in re.sub(r"\s+", " ", insisting.stderr)
     assert "must be ON, OFF or AUTO" in configure("YES", str(broken)).stderr
+
+
+def test_the_gpu_figures_become_a_table():
+    from geoengine.bench.kernels_gpu import table_of
+
+    case = {"n": 10_000_000, "d": 512, "m": 1, "k": 16}
+    rows = [
+        {"name": "geoengine", "dtype": "float16", **case, "us": 2500.0, "share": 0.9},
+        {"name": "PyTorch", "dtype": "float16", **case, "us": 10_000.0, "share": 0.2},
+        {"name": "geoengine", "dtype": "int8", **case, "us": 1500.0, "share": 0.8},
+    ]
+    about = {name: name for name in ("gpu", "driver", "cuda", "torch", "date", "commit")}
+    table = table_of({"machine": about, "copy_bytes_per_second": 4.3e12, "rows": rows})
+    assert "copies run at 4.30 TB/s" in table
+    assert "| 10,000,000 | 512 | 1 | 16 | float16 | 2500.0 | 90% |  | 10000.0 |  | 4.0 |" in table
+    assert "| 10,000,000 | 512 | 1 | 16 | int8 | 1500.0 | 80% |  |  |  |  |" in table
+
+
+def test_the_gpu_check_names_what_is_missing(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    script = ROOT / "bench" / "gpu_check.sh"
+    done = subprocess.run(
+        ["bash", script], env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert f"gpu_check: {python} has no numpy: install it, or name another PYTHON" in done.stderr
