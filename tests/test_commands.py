@@ -209,3 +209,15 @@ def test_build_engines_of_a_bundle_that_is_there(monkeypatch, tmp_path, option, 
     refused(run("build-engines", option, "--out", tmp_path), f"{tmp_path} is damaged")
     monkeypatch.setattr(check, function, lambda path, **options: build_report(path))
     assert "onnx/trunk" in run("build-engines", option, "--out", tmp_path).stdout
+
+
+def test_an_interrupted_build_says_how_it_goes_on(monkeypatch, tmp_path):
+    from geoengine.export import build
+
+    def interrupted(config, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "build_engines", interrupted)
+    result = run("build-engines", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "the same command goes on with this build" in result.stderr

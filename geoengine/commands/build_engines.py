@@ -77,7 +77,11 @@ def build_engines(
                 calibration=calibration,
                 out=out,
             )
-            report = build_engines(config, progress)
+            try:
+                report = build_engines(config, progress)
+            except KeyboardInterrupt:
+                complain("the same command goes on with this build")
+                raise
     write_result(report_table(report))
     if report.random:
         complain("the weights are random: this bundle is good for measuring speed, and for nothing else")
