@@ -8,6 +8,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -116,12 +118,12 @@ def test_nothing_to_do_needs_no_device():
 
 
 class CudaArray:
-    """Looks like an array on a device."""
+    """Looks like a contiguous array on a device."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], typestr: str = "<f4") -> None:
         self.__cuda_array_interface__ = {
             "shape": shape,
-            "typestr": "<f4",
+            "typestr": typestr,
             "data": (1 << 20, False),
             "strides": None,
             "stream": None,
@@ -133,6 +135,40 @@ class CudaArray:
 def test_the_public_function_says_why_too():
     with pytest.raises(RuntimeError, match="NVIDIA driver"):
         kernels.cosine_topk(CudaArray((4, 8)), CudaArray((1, 8)), 2)
+
+
+class WithoutDriver(ModuleType):
+    """Passes calls on to the real module, and answers where it got as far as to miss a driver."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(_topk_cuda, name)
+
+        def call(*positional: object, **keywords: object) -> int:
+            self.called.append(name)
+            with pytest.raises(RuntimeError, match="CUDA cannot be used"):
+                real(*positional, **keywords)
+            return {"allocate": 1 << 21, "workspace_bytes": 1 << 10}.get(name, 0)
+
+        return call
+
+
+@without_a_device
+@pytest.mark.parametrize("lists", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_public_function_calls_the_module_as_it_is(monkeypatch, quantized, lists):
+    module = WithoutDriver(_topk_cuda.__name__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    rows: Any = CudaArray((90, 64), "<f2")
+    if quantized:
+        rows = kernels.Int8Rows(CudaArray((90, 64), "|i1"), CudaArray((90,)))
+    chosen = {"rows": CudaArray((50,), "<i8"), "segments": CudaArray((4,), "<i8")} if lists else {}
+    scores, indices = kernels.cosine_topk(rows, CudaArray((3, 64)), 7, stream=5, **chosen)
+    assert scores.shape == indices.shape == (3, 7)
+    assert {"device_of", "workspace_bytes", "allocate", "topk", "free"} <= set(module.called)
 
 
 @pytest.fixture(scope="module")
