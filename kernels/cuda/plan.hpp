@@ -23,7 +23,6 @@ struct Shape {
   static constexpr int kThreads = kCluster ? 1024 : 256;
   static constexpr int kBlocks = kCluster ? 1 : kQueries == 1 ? 3 : 2;  // that a multiprocessor must have room for
   static constexpr int kSteps = kCluster || kQueries == 1 ? 4 : 1;      // groups of rows per warp between two barriers
-  static constexpr int kAhead = !kCluster && kQueries == 1 ? 2 : 1;     // vectors of a row in flight, per thread
   static constexpr int kTurn = kThreads / 32 * kRows * kSteps;
 };
 

@@ -52,6 +52,8 @@ __global__ void __launch_bounds__(Shape<kQueries, kCluster>::kThreads, Shape<kQu
     scan_rows(const Scan scan) {
   using Chosen = Shape<kQueries, kCluster>;
   constexpr int kWarps = Chosen::kThreads / kWarp;
+  // Vectors of each row in flight per thread: 512 values of 8 or 16 bits take one or two, and registers are few.
+  constexpr int kAhead = !kCluster && kQueries == 1 && kVector<T> <= 8 ? 2 : 1;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const unsigned parts = static_cast<unsigned>(scan.parts);
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(Shape<kQueries, kCluster>::kThreads, Shape<kQu
     for (int step = 0; step < Chosen::kSteps; ++step) {
       const unsigned first = turn + (step * kWarps + warp) * kRows;
       if (first >= end) break;
-      full |= score_rows<T, kQueries, kAligned, Chosen::kAhead>(scan, tile, list, first, end, Chosen::kTurn, lane);
+      full |= score_rows<T, kQueries, kAligned, kAhead>(scan, tile, list, first, end, Chosen::kTurn, lane);
     }
     if (!__syncthreads_or(full)) continue;
     for (int query = 0; query < kQueries; ++query) {
