@@ -245,19 +245,18 @@ def test_more_answers_than_one_pass_finds(run):
 
 def test_rows_and_queries_without_a_direction(run):
     problems = []
-    for device in ({}, NO_CLUSTERS, {"offset": 4}):
-        for m in (3, 9):
-            problem = random_problem(23, "float32", 200, 24, m, 200, device=device)
-            rows = problem.rows
-            rows[10, 3], rows[20, 23], rows[30] = np.nan, -np.inf, np.inf
-            rows[40:50] *= np.float32(1e-30)
-            rows[50:60] *= np.float32(1e30)
-            rows[60:62] = np.finfo(np.float32).max
-            rows[62:64] = np.float32(1e-45)
-            problem.queries[1] = 0
-            problem.queries[2, 5] = np.nan
-            problem.queries[0] *= np.float32(1e-28)
-            problems.append(problem)
+    for m, device in ((3, {}), (3, {"offset": 4}), (9, NO_CLUSTERS)):
+        problem = random_problem(23, "float32", 200, 24, m, 200, device=device)
+        rows = problem.rows
+        rows[10, 3], rows[20, 23], rows[30] = np.nan, -np.inf, np.inf
+        rows[40:50] *= np.float32(1e-30)
+        rows[50:60] *= np.float32(1e30)
+        rows[60:62] = np.finfo(np.float32).max
+        rows[62:64] = np.float32(1e-45)
+        problem.queries[1] = 0
+        problem.queries[2, 5] = np.nan
+        problem.queries[0] *= np.float32(1e-28)
+        problems.append(problem)
     half = random_problem(24, "float16", 200, 24, 2, 50)
     half.rows[::3, 5] = np.inf
     quantized = random_problem(25, "int8", 200, 32, 2, 200)
