@@ -1,0 +1,105 @@
+"""The OpenVINO backend: int8 graphs on CPUs with instructions for them."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geoengine.engine.backends import OPENVINO, choose_variant
+from geoengine.engine.backends.batches import HostRows, picture_batches
+from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.cores import available_cores
+from geoengine.engine.errors import BackendError
+from geoengine.engine.manifest import Variant
+
+if TYPE_CHECKING:
+    from openvino import InferRequest
+
+MAX_BATCH = 32
+"""Pictures in one run of a graph; bounds memory. Of 4 to 64 it was the fastest on two cores for ViT-B/32."""
+
+
+class OpenVino:
+    """Runs a bundle's int8 graphs in OpenVINO on the CPU.
+
+    Each graph is compiled when it is first needed. One batch runs at a time, on all threads, whichever thread
+    called `encode`.
+    """
+
+    name = OPENVINO
+    batch = MAX_BATCH
+
+    def __init__(
+        self, bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None
+    ) -> None:
+        self.variant = choose_variant(bundle, self.name, precision, (Variant.int8,))
+        self.threads = available_cores() if threads is None else threads
+        self._bundle = bundle
+        self._requests: dict[Path, InferRequest] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        try:
+            import openvino
+        except ImportError as error:
+            raise BackendError(
+                f"OpenVINO cannot be loaded ({error}): pip install 'geoengine[openvino]'"
+            ) from error
+        self._core = openvino.Core()
+
+    def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`.
+
+        Pictures of a side that the bundle has no trunk for are first brought to its image size.
+        """
+        head = self._bundle.head_path(encoder, self.variant)
+        embeddings = np.empty((len(pixels), self._bundle.embed_dim), dtype=np.float32)
+        done = 0
+        for trunk, batch in picture_batches(self._bundle, pixels, self.variant, MAX_BATCH):
+            with self._lock:  # results lie in the requests' memory until they run again
+                tokens = self._run(trunk, np.ascontiguousarray(batch))
+                embeddings[done : done + len(batch)] = self._run(head, tokens)
+            done += len(batch)
+        return embeddings
+
+    def rows(self, encoder: str, capacity: int) -> HostRows:
+        """Return room for the embeddings of `capacity` pictures of one encoder."""
+        return HostRows(self.encode, encoder, capacity)
+
+    def close(self) -> None:
+        """Free the compiled graphs; `encode` raises BackendError afterwards."""
+        with self._lock:
+            self._closed = True
+            self._requests.clear()
+
+    def _run(self, path: Path, value: NDArray[Any]) -> NDArray[np.float32]:
+        if self._closed:
+            raise BackendError(f"backend {self.name} is closed")
+        if path not in self._requests:
+            self._requests[path] = self._load(path)
+        try:
+            results = self._requests[path].infer([value], share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot run {path}: {_first_line(error)}") from error
+        return np.asarray(results[0])
+
+    def _load(self, path: Path) -> InferRequest:
+        options = {
+            # By default it is bfloat16 where the CPU has it, and then embeddings differ between machines.
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": 1,
+            # Pinned threads of two processes, or of two graphs, would wait for the same cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        try:
+            return self._core.compile_model(path, "CPU", options).create_infer_request()
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
