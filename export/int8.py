@@ -52,7 +52,8 @@ def quantize_graphs(
     form, and for pictures that do not fit.
     """
     side = pictures.shape[1] if pictures.ndim == 4 else 0
-    if side not in trunks or pictures.shape[1:] != (side, side, 3) or not len(pictures):
+    fits = pictures.dtype == np.uint8 and pictures.shape[1:] == (side, side, 3) and len(pictures) > 0
+    if side not in trunks or not fits:
         raise ExportError(
             f"calibration needs pictures uint8 (n, S, S, 3) with S one of {sorted(trunks)}, "
             f"got {pictures.dtype} {pictures.shape}"

@@ -20,10 +20,12 @@ from geoengine.export.int8_scales import Floats, InputScale, Product
 PATCH_WEIGHT = "w_patch"
 """The weight whose inputs are pixels."""
 
+_PROJECTION = "w_projection"  # of one row per picture: it costs nothing, and errors in it are not mixed
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A product with a dense layer's weight, `w_*` by its name; the class token's projection is none.
+    """A product with a dense layer's weight, `w_*` by its name; the last projection is none.
 
     `group` names the tensor that its input was sliced from, if it was: sites of one group share their scale.
     """
@@ -35,17 +37,15 @@ class Site:
 
 
 def find_sites(graph: ir.Graph) -> list[Site]:
-    """Return the products that become 8-bit, in order; ExportError when there are none."""
+    """Return the products that become 8-bit, in order."""
     sites = []
     for node in graph:
         if node.op_type == "MatMul":
             source, weight = node.inputs
             assert source is not None and weight is not None  # MatMul has two inputs
             name = str(weight.name)
-            if name.rpartition(".")[2].startswith("w_"):
+            if name.rpartition(".")[2].startswith("w_") and name != _PROJECTION:
                 sites.append(Site(node, name, str(source.name), str(_unsliced(source).name)))
-    if not sites:
-        raise ExportError(f"the graph {graph.name} has no matrix products with named weights to quantize")
     return sites
 
 
@@ -127,14 +127,21 @@ def _replace(graph: ir.Graph, site: Site, step: np.float32, product: Product) ->
 
 
 def _add_bias(graph: ir.Graph, site: Site, bias: Floats) -> None:
-    """Add a bias to a site's result, in the sum that follows every dense layer and the patches."""
-    users = list(site.node.outputs[0].uses())
-    add = users[0].node
-    constant = add.inputs[1 - users[0].idx] if len(users) == 1 and add.op_type == "Add" else None
-    if constant is None or not _is_constant(constant):
-        raise ExportError(f"the product with {site.weight} is not followed by the sum with its bias alone")
-    name = f"{constant.name}.int8"
-    add.replace_input_with(1 - users[0].idx, _initializer(graph, name, _constant(constant) + bias))
+    """Add a bias to a site's result, in the sum that follows where that has a constant already."""
+    result = site.node.outputs[0]
+    users = list(result.uses())
+    if len(users) == 1 and users[0].node.op_type == "Add":
+        add, place = users[0].node, 1 - users[0].idx
+        constant = add.inputs[place]
+        if constant is not None and _is_constant(constant):
+            added = _initializer(graph, f"{constant.name}.int8", _constant(constant) + bias)
+            add.replace_input_with(place, added)
+            return
+    add = ir.node("Add", [result, _initializer(graph, f"{site.weight}.bias", bias)])
+    add.name = add.outputs[0].name = f"{site.weight}.biased"
+    graph.insert_after(site.node, add)
+    for user in users:
+        user.node.replace_input_with(user.idx, add.outputs[0])
 
 
 def _unsliced(value: ir.Value) -> ir.Value:
