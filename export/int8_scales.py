@@ -23,7 +23,12 @@ ZERO = 128
 MARGIN = 1.15
 """How far beyond the ranges seen in calibration inputs are still told apart."""
 
-LARGEST_WEIGHT = 127
+LARGEST_WEIGHT = 64
+"""Half of what 8 bits hold.
+
+CPUs without instructions for 8-bit products (AVX2 only) add two of them in 16 bits. 2 * 255 * 64 still fits;
+with larger weights such sums would be cut off there, and embeddings would differ between machines.
+"""
 
 _LEAST_SHARE = 0.25  # of a channel's largest value that half its range must be: values vary beyond those seen
 _STRENGTHS = (0.35, 0.5, 0.65, 0.8)  # at 1 every channel fills its range, with no room for unseen values

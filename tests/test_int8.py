@@ -223,6 +223,14 @@ def test_a_product_in_8_bits_is_the_product():
     assert np.std(worse - exact) > 1.5 * np.std(found - exact)
 
 
+def test_sums_of_two_products_fit_16_bits():
+    """What AVX2's instruction for them needs, and so that every CPU gives the same numbers."""
+    rng = np.random.default_rng(0)
+    observed, weight = observe(rng.normal(size=(50, 16))), rng.normal(size=(16, 4)).astype(np.float32)
+    product = quantize(choose_scale([observed], [weight]), weight, observed)
+    assert 2 * 255 * int(np.abs(product.weight.astype(int)).max()) < 2**15
+
+
 def test_values_beyond_those_seen_have_room():
     observed = observe(np.random.default_rng(0).uniform(-1, 1, (500, 8)))
     scale = choose_scale([observed], [np.ones((8, 4), np.float32)])

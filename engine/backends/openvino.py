@@ -31,7 +31,7 @@ class OpenVino:
     """
 
     name = OPENVINO
-    batch = MAX_BATCH
+    batch = max_batch = MAX_BATCH
 
     def __init__(
         self, bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None
