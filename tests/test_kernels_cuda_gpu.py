@@ -133,9 +133,9 @@ def test_runs_on_the_callers_stream_without_waiting(torch):
     problem = random_problem(9, "float16", 3000, 512, 2, 16)
     positional, keywords = arguments(torch, problem)
     cosine_topk(*positional, **keywords)  # what happens once is over
-    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     later = torch.zeros_like(positional[1])
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(400_000_000)  # 0.2 seconds and more
         later.copy_(positional[1])

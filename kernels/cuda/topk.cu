@@ -11,6 +11,46 @@ namespace {
 
 constexpr int kMostDevices = 64;
 
+__device__ void write_answer(const Scan& scan, std::int64_t query, int slot, Key key) {
+  scan.scores[query * scan.answers + slot] = score_of(key);
+  scan.indices[query * scan.answers + slot] = position_of(key);
+  if (slot == scan.k - 1) scan.next_bounds[query] = key;
+}
+
+// Writes the best of a query's parts, found by one block in `keys`, which has room for all of them: a candidate's place
+// is the number of better ones, and in the other parts, best first, that is found by bisection.
+__device__ void merge_few(const Scan& scan, Key* keys, std::int64_t query) {
+  const int parts = static_cast<int>(scan.parts);
+  const int total = scan.k * parts;
+  const int threads = static_cast<int>(blockDim.x);
+  for (int i = static_cast<int>(threadIdx.x); i < total; i += threads) {
+    keys[i] = __ldcg(scan.partial + query * total + i);
+  }
+  for (int slot = static_cast<int>(threadIdx.x); slot < scan.k; slot += threads) {
+    write_answer(scan, query, slot, kNoKey);  // where the list is shorter it stays
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < total; i += threads) {
+    const Key key = keys[i];
+    if (key == kNoKey) continue;
+    int better = i / parts;
+    for (int part = 0; part < parts; ++part) {
+      if (part == i % parts) continue;
+      int low = 0;
+      for (int high = scan.k; low < high;) {
+        const int middle = (low + high) / 2;
+        if (keys[middle * parts + part] > key) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      better += low;
+    }
+    if (better < scan.k) write_answer(scan, query, better, key);
+  }
+}
+
 // Writes the best of a query's parts, found by one block. The parts lie slot by slot, each part's best first: once all
 // of them in turn have offered nothing, none has anything better left.
 __device__ void merge_parts(const Scan& scan, const Selector& selector, std::int64_t query) {
@@ -38,11 +78,8 @@ __device__ void merge_parts(const Scan& scan, const Selector& selector, std::int
 
   const int found = static_cast<int>(*selector.count);
   for (int slot = static_cast<int>(threadIdx.x); slot < scan.k; slot += static_cast<int>(blockDim.x)) {
-    const Key key = slot < found ? selector.keys[slot] : kNoKey;
-    scan.scores[query * scan.answers + slot] = score_of(key);
-    scan.indices[query * scan.answers + slot] = position_of(key);
+    write_answer(scan, query, slot, slot < found ? selector.keys[slot] : kNoKey);
   }
-  if (threadIdx.x == 0) scan.next_bounds[query] = found < scan.k ? kNoKey : selector.keys[scan.k - 1];
 }
 
 // A block scores one part of the lists of one tile of queries. Blocks of the same part run side by side, so that
@@ -100,7 +137,12 @@ __global__ void __launch_bounds__(Shape<kQueries, kCluster>::kThreads, Shape<kQu
   // §4 In a cluster, the first block merges.
   if (kCluster) {
     cluster_barrier();
-    if (part == 0) merge_parts(scan, selector_of(scan, tile, 0, Chosen::kTurn), first_query);
+    if (part != 0) return;
+    if (scan.k * kClusterBlocks <= scan.capacity) {
+      merge_few(scan, tile.keys, first_query);
+    } else {
+      merge_parts(scan, selector_of(scan, tile, 0, Chosen::kTurn), first_query);
+    }
   }
 }
 
