@@ -12,7 +12,8 @@ from tiny_bundle import write_tiny_bundle
 from geoengine.commands.locate import locate
 from geoengine.engine import engine as engine_module
 from geoengine.engine.errors import SourceError
-from geoengine.engine.photos import PhotoLimits
+from geoengine.engine.photos import Photo, PhotoLimits
+from geoengine.engine.preprocess import to_square
 from geoengine.engine.render import files
 from geoengine.engine.results import HYPOTHESIS
 from geoengine.engine.search import SearchConfig
@@ -35,6 +36,9 @@ class MadeEngine:
     def __exit__(self, *exception):
         pass
 
+    def prepare(self, photo):
+        return Photo(photo.name, to_square(photo.pixels, self.bundle.image_size))
+
     def locate(self, photos, *, config, progress):
         if self.error is not None:
             raise self.error
@@ -53,8 +57,8 @@ def engine(monkeypatch):
     """A stand-in engine; `engine.opened` is what it was opened with."""
     made = MadeEngine()
 
-    def open_made(bundle, tiles, *, backend, threads):
-        made.opened = (str(bundle), tiles, backend, threads)
+    def open_made(bundle, tiles, *, backend, precision, threads):
+        made.opened = (str(bundle), tiles, backend, precision, threads)
         return made
 
     monkeypatch.setattr(engine_module.GeoEngine, "open", open_made)
@@ -84,7 +88,7 @@ def test_demo_prints_a_table_that_names_the_world(engine, photo):
     assert result.exit_code == 0, result.stderr
     assert "[demo planet, not Earth]" in result.stdout and HYPOTHESIS in result.stdout
     assert result.stderr == ""
-    assert engine.opened[1:] == ("planet", "auto", None)
+    assert engine.opened[1:] == ("planet", "auto", None, None)
 
 
 def test_json_is_one_object_per_photo(engine, photo):
@@ -104,11 +108,11 @@ def test_geojson_is_one_collection(engine, photo):
 def test_options_reach_the_engine(engine, photo):
     result = run(
         *("locate", photo, "--demo", "--k", 7, "--levels", "4-8", "--top", 2),
-        *("--backend", "onnxruntime-cpu", "--threads", 1, "--json"),
+        *("--backend", "onnxruntime-cpu", "--precision", "fp32", "--threads", 1, "--json"),
     )
     [(_, config)] = engine.calls
     assert (config.k, config.levels, config.top) == (7, (4, 6, 8), 2)
-    assert engine.opened[2:] == ("onnxruntime-cpu", 1)
+    assert engine.opened[2:] == ("onnxruntime-cpu", "fp32", 1)
     assert len(json.loads(result.stdout)["candidates"]) == 2
 
 

@@ -22,6 +22,7 @@ ONNXRUNTIME_CPU = "onnxruntime-cpu"
 _CLASSES = {
     TENSORRT: ("tensorrt", "TensorRt"),
     ONNXRUNTIME_CUDA: ("onnxruntime_cuda", "OnnxRuntimeCuda"),
+    OPENVINO: ("openvino", "OpenVino"),
     ONNXRUNTIME_CPU: ("onnxruntime", "OnnxRuntimeCpu"),
 }
 BACKENDS = tuple(_CLASSES)
