@@ -1,19 +1,23 @@
 """Tiles from a web server, and every fault that servers and networks have."""
 
+import hashlib
 import logging
+import socket
 import threading
 import time
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 
 import numpy as np
 import pytest
-from made_tiles import colour_of, read_all, tile_picture
+from made_tiles import colour_of, picture, read_all, tile_picture
 from tile_server import Server
 
 from geoengine.engine.errors import SourceError, TileError
 from geoengine.engine.sources import open_source
-from geoengine.engine.sources.http import HttpSettings, HttpSource
-from geoengine.engine.tiles import Tile, all_xy, quadkey, tms_row
+from geoengine.engine.sources.description import SourceDescription
+from geoengine.engine.sources.http import HttpSource
+from geoengine.engine.tiles import LngLatBbox, Tile, all_xy, quadkey, tms_row, xy_in_bbox
 
 
 @pytest.fixture
@@ -28,9 +32,9 @@ def server():
 
 
 @contextmanager
-def http_source(server, path="/{z}/{x}/{y}.png", **settings):
-    settings = {"backoff_s": 0.01, "attempts": 3, "read_timeout_s": 5.0} | settings
-    with closing(HttpSource(server.address + path, HttpSettings(**settings))) as source:
+def http_source(server, path="/{z}/{x}/{y}.png", *, cache=None, **fields):
+    fields = {"backoff_s": 0.01, "attempts": 3, "read_timeout_s": 5.0} | fields
+    with closing(HttpSource(SourceDescription(template=server.address + path, **fields), cache)) as source:
         yield source
 
 
@@ -43,9 +47,7 @@ def test_http_gives_every_tile_once_in_its_place(server):
     assert set(server.tiles_asked().values()) == {1}
 
 
-@pytest.mark.parametrize(
-    "fault", [204, 404, 410, (200, {}, b""), (200, {"Content-Type": "text/html"}, b"<html>no</html>")]
-)
+@pytest.mark.parametrize("fault", [204, 404, 410, (200, {}, b"")])
 def test_http_tiles_that_do_not_exist_are_missing(server, fault):
     server.always["2/1/1"] = fault
     with http_source(server) as source:
@@ -65,12 +67,50 @@ def hang_up(request):
     request.connection.close()
 
 
-@pytest.mark.parametrize("fault", [429, 500, 502, 503, 504, 408, cut_off, hang_up])
+PAGE = (200, {"Content-Type": "text/html"}, b"<html>Please log in</html>")
+UNTYPED_PAGE = (200, {}, b"  <html>Please log in</html>")
+OTHER_TYPE = (200, {"Content-Type": "application/json"}, tile_picture(2, 1, 1, size=16))
+SHORT = (200, {"Content-Type": "image/png"}, tile_picture(2, 1, 1, size=16)[:-9])
+
+
+@pytest.mark.parametrize(
+    "fault", [429, 500, 502, 503, 504, 408, cut_off, hang_up, PAGE, UNTYPED_PAGE, OTHER_TYPE]
+)
 def test_http_faults_that_pass_are_tried_again(server, fault):
     server.faults["2/1/1"] = [fault, fault]
     with http_source(server) as source:
         assert read_all(source, 2, all_xy(2)) == list(range(16))
     assert server.tiles_asked()["/2/1/1.png"] == 3
+
+
+def test_http_a_picture_that_does_not_decode_is_asked_for_once_more(server):
+    server.faults["2/1/1"] = [SHORT]
+    server.always["2/2/2"] = SHORT
+    with http_source(server) as source:
+        assert read_all(source, 2, all_xy(2)) == [i for i in range(16) if i != 10]
+    assert server.tiles_asked()["/2/1/1.png"] == server.tiles_asked()["/2/2/2.png"] == 2
+
+
+def test_http_pages_of_some_tiles_mean_that_there_are_no_pictures(server):
+    server.always["2/1/1"] = PAGE
+    with http_source(server, concurrency=1) as source:
+        assert read_all(source, 2, all_xy(2)) == [i for i in range(16) if i != 5]
+    assert server.tiles_asked()["/2/1/1.png"] == 3
+
+
+def test_http_a_server_that_sends_pages_only_is_an_error(server):
+    server.always["*"] = PAGE
+    message = "the tile server fails: it sent a page of text in place of a picture, 3 times, when asked for"
+    with http_source(server, attempts=8) as source, pytest.raises(SourceError, match=message):
+        read_all(source, 2, all_xy(2))
+
+
+def test_http_placeholders_for_missing_imagery_are_missing(server):
+    grey = picture("grey")
+    server.always["2/1/1"] = (200, {"Content-Type": "image/png"}, grey)
+    with http_source(server, placeholders=(hashlib.sha256(grey).hexdigest(),)) as source:
+        assert read_all(source, 2, all_xy(2)) == [i for i in range(16) if i != 5]
+    assert server.tiles_asked()["/2/1/1.png"] == 1
 
 
 def test_http_waits_as_long_as_retry_after_says(server):
@@ -106,6 +146,24 @@ def test_http_server_that_always_fails(server):
             read_all(source, 4, [(1, 1), (1, 2)])
 
 
+def test_http_a_busy_server_is_left_alone_by_every_thread(server):
+    busy = (429, {"Retry-After": "0.4"}, b"")
+    server.faults["3/0/0"] = [busy]
+    with http_source(server, concurrency=4) as source:
+        assert len(read_all(source, 3, all_xy(3))) == 64
+    # Those that were under way when the server said so, and none in the pause.
+    assert sum(server.times[0] <= t < server.times[0] + 0.35 for t in server.times) <= 8
+
+
+def test_http_keeps_to_the_rate_of_the_host(server):
+    with http_source(server, rate_per_s=100.0) as first, http_source(server, rate_per_s=100.0) as second:
+        begin = time.monotonic()
+        read_all(first, 2, all_xy(2))
+        read_all(second, 2, all_xy(2))
+        assert time.monotonic() - begin >= 0.3
+    assert len(server.requests) == 32
+
+
 def test_http_a_tile_that_always_fails_is_missing_with_one_warning(server, caplog):
     server.always["3/1/1"] = server.always["3/2/2"] = 500
     with http_source(server) as source:
@@ -139,10 +197,14 @@ def test_http_time_out(server):
 
 def test_http_nobody_there(server):
     with closing(
-        HttpSource("http://127.0.0.1:9/{z}/{x}/{y}.png?key=abcdefgh", HttpSettings(backoff_s=0.001))
+        HttpSource(
+            SourceDescription(
+                template="http://127.0.0.1:9/{z}/{x}/{y}.png?key=abcdefgh", backoff_s=0.001, attempts=5
+            )
+        )
     ) as source:
         message = (
-            r"^http://127\.0\.0\.1:9/{z}/{x}/{y}\.png: the tile server fails: it cannot be reached, 5 times"
+            r"^http://127\.0\.0\.1:9/{z}/{x}/{y}\.png: the tile server fails: it cannot be reached, 3 times"
         )
         with pytest.raises(SourceError, match=message):
             read_all(source, 4, all_xy(4))
@@ -184,12 +246,17 @@ def test_http_placeholders(server):
 
 def test_http_says_who_asks(server, monkeypatch):
     monkeypatch.setenv("GEOENGINE_CONTACT", "mailto:me@example.org")
-    with closing(HttpSource(server.address + "/{z}/{x}/{y}.png")) as source:
-        read_all(source, 0, [(0, 0)])
     with http_source(server) as source:
         read_all(source, 0, [(0, 0)])
+    monkeypatch.delenv("GEOENGINE_CONTACT")
+    with http_source(server) as source:
+        read_all(source, 0, [(0, 0)])
+    with http_source(server, headers={"User-Agent": "mine", "Referer": "https://me"}) as source:
+        read_all(source, 0, [(0, 0)])
     agents = [request.headers["User-Agent"] for request in server.requests]
-    assert agents == ["geoengine/0.1.0 (+mailto:me@example.org)", "geoengine/0.1.0"]
+    own = f"geoengine/{version('geoengine')}"
+    assert agents == [f"{own} (+mailto:me@example.org)", own, "mine"]
+    assert server.requests[-1].headers["Referer"] == "https://me"
 
 
 def test_http_keys_are_sent_and_never_shown(server, monkeypatch, caplog):
@@ -212,24 +279,80 @@ def test_http_keys_are_sent_and_never_shown(server, monkeypatch, caplog):
             if status == 403:
                 assert "check the key in the environment variable TILE_KEY" in str(caught.value)
     logged = "\n".join(record.getMessage() for record in caplog.records)
-    assert "HTTP Request: GET" in logged  # httpx logs each URL
     assert "s3cret" not in logged
     assert "typed-here" not in logged
 
 
 def test_http_password_of_the_template_is_not_shown(server):
     address = server.address.replace("http://", "http://user:password@")
-    with closing(HttpSource(address + "/{z}/{x}/{y}.png")) as source:
+    with closing(HttpSource(SourceDescription(template=address + "/{z}/{x}/{y}.png"))) as source:
         assert source.name == f"{server.address}/{{z}}/{{x}}/{{y}}.png"
         assert read_all(source, 0, [(0, 0)]) == [0]
     assert server.requests[0].headers["Authorization"].startswith("Basic ")
 
 
-def test_http_leaves_httpx_log_alone_when_closed(server):
-    before = list(logging.getLogger("httpx").filters)
+def test_http_leaves_the_libraries_logs_alone_when_closed(server):
+    before = list(logging.getLogger("hpack.hpack").filters)
     with http_source(server):
-        pass
-    assert logging.getLogger("httpx").filters == before
+        assert logging.getLogger("hpack.hpack").filters != before
+    assert logging.getLogger("hpack.hpack").filters == before
+
+
+def test_http_keys_in_headers_stay_with_their_host(server, monkeypatch):
+    monkeypatch.setenv("TILE_KEY", "s3cret-key")
+    server.always["0/0/0"] = (
+        302,
+        {"Location": server.address.replace("127.0.0.1", "localhost") + "/1/0/0"},
+        b"",
+    )
+    with http_source(server, headers={"Authorization": "Bearer {env:TILE_KEY}"}) as source:
+        list(source.read(0, all_xy(0)))
+        assert "s3cret" not in repr(source._description)
+    sent = [request.headers["Authorization"] for request in server.requests]
+    assert sent == ["Bearer s3cret-key", None]
+
+
+def test_http_asks_through_the_proxy_of_the_environment(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.address)
+    template = "http://tiles.example/{z}/{x}/{y}.png"
+    with closing(HttpSource(SourceDescription(template=template))) as source:
+        assert read_all(source, 0, [(0, 0)]) == [0]
+    assert server.requests[0].path == "http://tiles.example/0/0/0.png"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http_source(server) as source:
+        assert read_all(source, 0, [(0, 0)]) == [0]
+    assert server.requests[1].path == "/0/0/0.png"
+    monkeypatch.setenv("http_proxy", "socks5://localhost:1")
+    with pytest.raises(SourceError, match="the proxy in the environment is not an http:// or https:// one"):
+        HttpSource(SourceDescription(template=template))
+
+
+def test_http_offers_http2(monkeypatch):
+    pytest.importorskip("h2")
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        template = f"https://127.0.0.1:{listener.getsockname()[1]}/{{z}}/{{x}}/{{y}}.png"
+        hello = []
+
+        def listen():
+            connection, _ = listener.accept()
+            hello.append(connection.recv(4096))
+            connection.close()
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        source = HttpSource(SourceDescription(template=template, attempts=1))
+        with closing(source), pytest.raises(SourceError, match="it cannot be reached"):
+            read_all(source, 0, [(0, 0)])
+        thread.join()
+    assert b"\x02h2" in hello[0]  # the protocol's name, with its length, in the list of those on offer
+
+
+def test_http_tiles_outside_the_bounds_are_not_asked_for(server):
+    with http_source(server, bounds=LngLatBbox(5.0, 45.0, 11.0, 48.0)) as source:
+        asked = all_xy(4)
+        inside = xy_in_bbox(source.bounds, 4).tolist()
+        assert [asked[i].tolist() for i in read_all(source, 4, asked)] == sorted(inside)
+    assert len(server.requests) == len(inside)
 
 
 def test_http_an_abandoned_request_stops_asking(server):
@@ -282,12 +405,12 @@ def test_http_templates_that_cannot_be_used(template, message):
     [
         ({"min_zoom": 5, "max_zoom": 4}, "zooms 5 to 4 are not a range"),
         ({"concurrency": 0}, "concurrency and attempts must be at least 1"),
-        ({"backoff_s": -1.0}, "times must not be negative"),
+        ({"backoff_s": -1.0}, "times, rates and sizes must not be negative"),
     ],
 )
 def test_http_settings_are_checked(settings, message):
-    with pytest.raises(ValueError, match=message):
-        HttpSettings(**settings)
+    with pytest.raises(SourceError, match=message):
+        SourceDescription(template="https://host/{z}/{x}/{y}.png", **settings)
 
 
 def test_http_tiles_that_cannot_exist_are_an_error(server):

@@ -205,13 +205,6 @@ def test_files_that_are_no_pmtiles(tmp_path, world):
     refused(patch(world, VERSION, b"\x02"), r"this is not version 3 of PMTiles, which alone is read")
 
 
-def test_archives_on_servers_are_refused_with_the_way_out():
-    with pytest.raises(
-        SourceError, match=r"^https://host/a\.pmtiles: PMTiles are read from local files only"
-    ):
-        open_source("https://host/a.pmtiles?key=secret")
-
-
 @pytest.mark.parametrize("tile_type", [TileType.MVT, TileType.MLT])
 def test_vector_tiles_are_refused(tmp_path, tile_type):
     tiles = {(0, 0, 0): gzip.compress(b"\x1a\x08vector tile")}

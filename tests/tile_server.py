@@ -1,6 +1,7 @@
 """A tile server on this machine that fails as it is told to."""
 
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -22,13 +23,16 @@ class Server:
     """
 
     def __init__(self):
-        self.faults, self.always, self.requests = {}, {}, []
+        self.faults, self.always, self.requests, self.times = {}, {}, [], []
+        self.files = {}  # by path, answered in parts
         self.lock = threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 outer.answer(self)
+
+            do_POST = do_GET
 
             def log_message(self, *_):
                 pass
@@ -40,9 +44,13 @@ class Server:
         key = "/".join(urlsplit(request.path).path.strip("/").split("/")[-3:]).split(".")[0]
         with self.lock:
             self.requests.append(request)
+            self.times.append(time.monotonic())
             waiting = self.faults.get(key)
             fault = waiting.pop(0) if waiting else self.always.get(key, self.always.get("*"))
-        if callable(fault):
+        path = urlsplit(request.path).path
+        if path in self.files and fault is None:
+            send_part(request, self.files[path])
+        elif callable(fault):
             fault(request)
         elif isinstance(fault, tuple):
             send(request, *fault)
@@ -54,6 +62,15 @@ class Server:
 
     def tiles_asked(self):
         return Counter(urlsplit(request.path).path for request in self.requests)
+
+
+def send_part(request, whole):
+    first, _, last = request.headers.get("Range", "").removeprefix("bytes=").partition("-")
+    if not first:
+        send(request, 200, {}, whole)
+    else:
+        body = whole[int(first) : int(last) + 1]
+        send(request, 206, {"Content-Range": f"bytes {first}-{last}/{len(whole)}"}, body)
 
 
 def send(request, status, headers=None, body=b""):

@@ -3,14 +3,15 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from geoengine.engine.errors import SourceError
 from geoengine.engine.tiles import MAX_LATITUDE_DEG, LngLatBbox
+
+WORLD_BOUNDS = LngLatBbox(-180.0, -MAX_LATITUDE_DEG, 180.0, MAX_LATITUDE_DEG)
+"""The whole map."""
 
 WORLD_BOUNDS = LngLatBbox(-180.0, -MAX_LATITUDE_DEG, 180.0, MAX_LATITUDE_DEG)
 """The whole map."""
@@ -98,34 +99,16 @@ def fingerprint(*parts: str | bytes) -> str:
 
 
 def open_source(spec: str) -> TileSource:
-    """Open the tile source `spec`: "planet", a URL template, an .mbtiles or .pmtiles file or a folder.
+    """Open the tile source `spec`.
 
-    Raises SourceError when it is none of these or cannot be opened.
+    That is "planet", a URL template, a URL of a .pmtiles file, an .mbtiles or .pmtiles file, a folder, a
+    .toml file that describes sources, or the name of a preset. Raises SourceError when it is none of these or
+    cannot be opened.
     """
     if spec == "planet":
         from geoengine.engine.sources.planet import PlanetSource
 
         return PlanetSource()
-    shown = spec.partition("?")[0]  # a key, if there is one, is in the rest
-    if spec.lower().startswith(("http://", "https://")):
-        if shown.lower().endswith(".pmtiles"):
-            raise SourceError(f"{shown}: PMTiles are read from local files only; download the file first")
-        from geoengine.engine.sources.http import HttpSource
+    from geoengine.engine.sources.opening import open_parts, parts_of
 
-        return HttpSource(spec)
-    path = Path(spec).expanduser()
-    if path.suffix.lower() == ".mbtiles":
-        from geoengine.engine.sources.mbtiles import MBTilesSource
-
-        return MBTilesSource(path)
-    if path.suffix.lower() == ".pmtiles":
-        from geoengine.engine.sources.pmtiles import PMTilesSource
-
-        return PMTilesSource(path)
-    if path.is_dir():
-        from geoengine.engine.sources.folder import FolderSource
-
-        return FolderSource(path)
-    if path.exists():
-        raise SourceError(f"{shown} is not a tile source: {_WHAT_A_SOURCE_IS}")
-    raise SourceError(f"there is no tile source {shown!r}: {_WHAT_A_SOURCE_IS}")
+    return open_parts(parts_of(spec))

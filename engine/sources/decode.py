@@ -178,6 +178,13 @@ class _Staging:
             yield TileBatch(block.positions[start:end], block.pixels[start:end])
 
 
+def format_of(data: bytes) -> str:
+    """Return what MBTiles calls the format of a picture: png, jpg or webp."""
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if data.startswith(b"RIFF") else "jpg"
+
+
 def _is_whole(data: bytes) -> bool:
     """Tell whether a picture's last bytes are there: decoders paint what is missing of a JPEG file grey."""
     if data.startswith(b"\xff\xd8"):

@@ -46,8 +46,7 @@ class MBTilesSource(ArchiveSource):
         if not path.is_file():
             raise SourceError(f"{path}: there is no such file")
         try:
-            uri = f"{path.resolve().as_uri()}?mode=ro"
-            self._database = sqlite3.connect(uri, uri=True, check_same_thread=False)
+            self._database = connect_readonly(path)
         except sqlite3.Error as error:
             raise SourceError(f"{path}: the file cannot be opened ({error})") from error
         try:
@@ -101,6 +100,23 @@ class MBTilesSource(ArchiveSource):
                 return cursor.fetchall()
         except sqlite3.Error as error:
             raise SourceError(f"{self.name}: this is no MBTiles file, or a damaged one ({error})") from error
+
+
+def connect_readonly(path: Path) -> sqlite3.Connection:
+    """Open a database for reading only; one in a folder that cannot be written too. Raises sqlite3.Error."""
+    uri = path.resolve().as_uri()
+    database = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
+    try:
+        database.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        # A database with a write-ahead log needs a file beside it, unless it is said that nobody writes.
+        database.close()
+        if path.with_name(f"{path.name}-wal").exists():
+            raise
+        database = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+    except sqlite3.DatabaseError:
+        pass  # no database at all, which the first query says
+    return database
 
 
 def _identity(metadata: dict[str, str], first: list[object]) -> str:

@@ -1,4 +1,4 @@
-"""Tiles from a PMTiles 3 file on disk: tiles along a Hilbert curve, rows counted from the north (XYZ)."""
+"""Tiles from a PMTiles 3 file: tiles along a Hilbert curve, rows counted from the north (XYZ)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import fingerprint
@@ -26,22 +26,32 @@ from geoengine.engine.sources.archive import (
 if TYPE_CHECKING:
     from pmtiles.tile import Entry, HeaderDict
 
+FIRST_BYTES = 16 << 10
+"""Within these lie the header and the root directory; see the specification, 3."""
+
 _HEADER_BYTES = 127
 _MOST_DEPTH = 4  # directories from the root to a tile, as in the format's own readers
 _CACHED = 64  # directories kept parsed; one has some thousand entries
 _DAMAGE = (EOFError, OSError, RecursionError, ValueError, zlib.error)  # what parsing damaged bytes raises
 
 
-class PMTilesSource(ArchiveSource):
-    """The pictures in a PMTiles archive, which is mapped into memory; see the PMTiles 3 specification.
+class ByteFile(Protocol):
+    """A file that is read in parts."""
 
-    Zooms outside the archive's minzoom and maxzoom, and tiles that are no picture, are missing. Raises
-    SourceError for a file that is not there, is no PMTiles 3 file, is cut short or damaged, or holds vector
-    tiles.
-    """
+    name: str
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a part of the file, shorter where the file ends."""
+
+    def close(self) -> None:
+        """Let go of the file; closing twice is allowed."""
+
+
+class MappedFile:
+    """A file on disk, mapped into memory; raises SourceError when it cannot be."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.name
+        self.name = path.name
         if not path.is_file():
             raise SourceError(f"{path}: there is no such file")
         try:
@@ -49,6 +59,33 @@ class PMTilesSource(ArchiveSource):
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: the file is empty
             raise SourceError(f"{path}: the file cannot be opened ({error})") from error
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return len(self._map)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a part of the file, shorter where the file ends."""
+        try:
+            return self._map[offset : offset + length]
+        except ValueError as error:
+            raise SourceError(f"{self.name}: the file is closed") from error
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._map.close()
+
+
+class PMTilesSource(ArchiveSource):
+    """The pictures in a PMTiles archive; see the PMTiles 3 specification.
+
+    Zooms outside the archive's minzoom and maxzoom, and tiles that are no picture, are missing. Raises
+    SourceError for a file that is no PMTiles 3 file, is cut short or damaged, or holds vector tiles.
+    """
+
+    def __init__(self, file: ByteFile) -> None:
+        self._source, self._file = file, file.name
         # Not a decorator, which would share one cache among all sources and keep them alive.
         self._directory = lru_cache(_CACHED)(self._read_directory)
         try:
@@ -61,9 +98,9 @@ class PMTilesSource(ArchiveSource):
     def _read_header(self) -> HeaderDict:
         from pmtiles.tile import deserialize_header
 
-        if self._map[:7] != b"PMTiles":
+        if self._source.read(0, 7) != b"PMTiles":
             raise SourceError(f"{self._file}: this is no PMTiles file")
-        if self._map[7:8] != b"\x03":
+        if self._source.read(7, 1) != b"\x03":
             raise SourceError(f"{self._file}: this is not version 3 of PMTiles, which alone is read")
         try:
             header = deserialize_header(self._bytes(0, _HEADER_BYTES))
@@ -75,8 +112,8 @@ class PMTilesSource(ArchiveSource):
             (header["leaf_directory_offset"], header["leaf_directory_length"]),
             (header["tile_data_offset"], header["tile_data_length"]),
         )
-        end, size = max(offset + length for offset, length in sections), len(self._map)
-        if end > size:
+        end, size = max(offset + length for offset, length in sections), self._size()
+        if size is not None and end > size:
             raise SourceError(f"{self._file}: this file is cut short, {size} of its {end} bytes are there")
         internal, tiles = header["internal_compression"].name, header["tile_compression"].name
         if internal != "GZIP" or tiles in ("BROTLI", "ZSTD"):
@@ -113,16 +150,24 @@ class PMTilesSource(ArchiveSource):
             raise self._damaged("its metadata is no JSON object")
         return metadata
 
-    def tile_data(self, z: int, x: int, y: int) -> bytes | None:
-        """Return a tile's bytes, or None when the archive does not have it."""
+    def _size(self) -> int | None:
+        return self._source.size if isinstance(self._source, MappedFile) else None
+
+    def place_of(self, z: int, x: int, y: int) -> tuple[int, int] | None:
+        """Return a tile's offset and length in the file, or None when the archive does not have it."""
         from pmtiles.tile import zxy_to_tileid
 
         entry = self._find(zxy_to_tileid(z, x, y))
-        return None if entry is None else self._tile(entry)
+        return None if entry is None else (self._header["tile_data_offset"] + entry.offset, entry.length)
+
+    def tile_data(self, z: int, x: int, y: int) -> bytes | None:
+        """Return a tile's bytes, or None when the archive does not have it."""
+        place = self.place_of(z, x, y)
+        return None if place is None else self._bytes(*place)
 
     def close(self) -> None:
         """Close the file."""
-        self._map.close()
+        self._source.close()
 
     def _find(self, tile_id: int) -> Entry | None:
         from pmtiles.tile import find_tile
@@ -161,10 +206,7 @@ class PMTilesSource(ArchiveSource):
         return self._bytes(self._header["tile_data_offset"] + entry.offset, entry.length)
 
     def _bytes(self, offset: int, length: int) -> bytes:
-        try:
-            data = self._map[offset : offset + length]
-        except ValueError as error:
-            raise SourceError(f"{self._file}: the file is closed") from error
+        data = self._source.read(offset, length)
         if len(data) < length:
             raise self._damaged("it points past its end")
         return data

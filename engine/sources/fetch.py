@@ -1,0 +1,329 @@
+"""Requests to one server: many at once, at its pace, again when they fail, and never a storm of them."""
+
+from __future__ import annotations
+
+import email.utils
+import importlib.util
+import itertools
+import logging
+import os
+import queue
+import random
+import threading
+import time
+import urllib.request
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from geoengine.engine.errors import SourceError
+from geoengine.engine.sources.description import SourceDescription
+from geoengine.engine.sources.template import UrlTemplate, WithoutKeys
+
+if TYPE_CHECKING:
+    import httpx
+
+MISSING = frozenset({204, 404, 410})
+"""Statuses that say that there is no such tile."""
+
+_DONE = frozenset({200, 206}) | MISSING
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # worth another try
+_BUSY = frozenset({429, 503})  # the whole host wants to be left alone for a while
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MOST_REDIRECTS = 5
+_MOST_BYTES = 32 << 20  # of an answer
+_FIRST_ATTEMPTS = 3  # as long as nothing has ever come from the server
+_FAILURES_IN_A_ROW = 8
+_PER_TRANSPORT = 4  # connections; one pool of 32 spends a third more time on its lock
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server answered; header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class UnusableError(Exception):
+    """An answer that is not what was asked for, and may be the next time."""
+
+
+class Call:
+    """What the requests of one `read` have met so far; `stopped` ends them."""
+
+    def __init__(self, name: str) -> None:
+        self.stopped = threading.Event()
+        self._name = name
+        self._lock = threading.Lock()
+        self._answers = self._failures = self._in_a_row = 0
+        self._last = ""
+
+    def answered(self) -> None:
+        """Count a tile that was answered for."""
+        with self._lock:
+            self._answers += 1
+            self._in_a_row = 0
+
+    def failed(self, what: str, reason: str) -> None:
+        """Count a tile that counts as missing; raises SourceError when too many follow each other."""
+        with self._lock:
+            self._failures += 1
+            self._in_a_row += 1
+            self._last = f"{reason}, when asked for {what}"
+            if self._in_a_row >= _FAILURES_IN_A_ROW:
+                raise SourceError(f"{self._name}: the tile server fails: {self._last}")
+
+    def finish(self) -> None:
+        """Warn once of the tiles that failed; raises SourceError when all did."""
+        if self._failures and not self._answers:
+            raise SourceError(f"{self._name}: the tile server fails: {self._last}")
+        if self._failures:
+            _log.warning("%s: %d tiles count as missing: %s", self._name, self._failures, self._last)
+
+
+class Fetcher:
+    """Asks one server, with the patience and politeness of its description.
+
+    Proxies come from the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY). HTTP/2 is spoken with
+    servers that offer it. Threads may ask at the same time; `description.concurrency` requests run at once.
+    """
+
+    def __init__(self, description: SourceDescription, template: UrlTemplate) -> None:
+        self._description = description
+        self._template = template
+        self._gate = _gate_of(template.host)
+        self._answered = False
+        self._headers = {"User-Agent": user_agent(), "Accept": "image/*,*/*;q=0.1"} | template.headers
+        self._timeout = {
+            "connect": description.connect_timeout_s,
+            "read": description.read_timeout_s,
+            "write": description.read_timeout_s,
+            "pool": None,
+        }
+        self._transports = list(_transports(template, description.concurrency))
+        self._seats: queue.SimpleQueue[httpx.HTTPTransport] = queue.SimpleQueue()
+        for transport in itertools.islice(itertools.cycle(self._transports), description.concurrency):
+            self._seats.put(transport)
+        self._without_keys = WithoutKeys(template.secrets)
+        self._without_keys.start()
+
+    def close(self) -> None:
+        """Close the connections."""
+        for transport in self._transports:
+            transport.close()
+        self._without_keys.stop()
+
+    def get(
+        self,
+        url: str,
+        read: Callable[[Answer], T],
+        *,
+        what: str,
+        call: Call,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+    ) -> T | None:
+        """Ask for `url` until `read` takes the answer, and return what it makes of it.
+
+        `read` is given answers with one of the statuses 200, 206 and MISSING, and raises UnusableError to
+        have the request made again. Returns None, after counting `what` as failed in `call`, when attempts
+        run out, and when the call is stopped. Raises SourceError for refusals and servers out of reach.
+        `content` makes it a POST.
+        """
+        reason, asked_wait_s, busy = "", 0.0, False
+        most = self._description.attempts
+        for attempt in range(most):
+            if attempt and call.stopped.wait(max(self._backoff_s(attempt), asked_wait_s)):
+                return None
+            if not self._gate.wait(self._description.rate_per_s, call.stopped):
+                return None
+            answer, asked_wait_s, busy = self._ask(url, headers, content), 0.0, False
+            if isinstance(answer, str):
+                reason = answer
+            elif answer.status in _DONE:
+                try:
+                    result = read(answer)
+                except UnusableError as error:
+                    reason = str(error)
+                else:
+                    self._answered = True
+                    call.answered()
+                    return result
+            elif answer.status in _PASSING:
+                reason = f"it answered HTTP {answer.status}"
+                asked_wait_s, busy = self._asked_wait_s(answer), answer.status in _BUSY
+            else:
+                raise SourceError(self._refusal(answer.status, what))
+            if not (self._answered or busy) and attempt + 1 >= min(_FIRST_ATTEMPTS, most):
+                tries = f"{reason}, {attempt + 1} times, when asked for {what}"
+                raise SourceError(f"{self._template.shown}: the tile server fails: {tries}")
+        call.failed(what, f"{reason}, {most} times")
+        return None
+
+    def _ask(self, url: str, headers: Mapping[str, str] | None, content: bytes | None) -> Answer | str:
+        """Make one request; returns the answer, or in words why there is none."""
+        import httpx
+
+        seat = self._seats.get()
+        try:
+            return self._exchange(seat, url, headers or {}, content)
+        except httpx.TimeoutException:
+            return "it did not answer in time"
+        except httpx.TransportError:
+            return "the connection broke" if self._answered else "it cannot be reached"
+        except (httpx.InvalidURL, httpx.DecodingError):
+            raise SourceError(f"{self._template.shown}: the template makes no valid URL") from None
+        finally:
+            self._seats.put(seat)
+
+    def _exchange(
+        self, seat: httpx.HTTPTransport, url: str, headers: Mapping[str, str], content: bytes | None
+    ) -> Answer | str:
+        import httpx
+
+        sent, host = self._headers | dict(headers), urlsplit(url).netloc
+        for _ in range(_MOST_REDIRECTS):
+            request = httpx.Request(
+                "GET" if content is None else "POST",
+                url,
+                headers=sent,
+                content=content,
+                extensions={"timeout": self._timeout},
+            )
+            with closing(seat.handle_request(request)) as response:
+                if response.status_code == 200 and "Range" in headers:
+                    return Answer(200, response.headers, b"")  # the whole file, which nobody wants
+                if response.status_code not in _REDIRECTS or "location" not in response.headers:
+                    return self._answer(response)
+            url = urljoin(url, response.headers["location"])
+            if urlsplit(url).netloc != host:  # which must not see this host's keys
+                sent = {name: sent[name] for name in ("User-Agent", "Accept")}
+        return "it redirects without end"
+
+    def _answer(self, response: httpx.Response) -> Answer | str:
+        """Read the body, but not for ever."""
+        late = time.monotonic() + 3 * self._description.read_timeout_s
+        body = bytearray()
+        for part in response.iter_bytes():
+            body += part
+            if len(body) > _MOST_BYTES:
+                return "its answer has no end"
+            if time.monotonic() > late:
+                return "it did not answer in time"
+        return Answer(response.status_code, response.headers, bytes(body))
+
+    def _backoff_s(self, attempt: int) -> float:
+        """Seconds to wait before an attempt; spread, so that the threads do not come back all at once."""
+        longest = min(self._description.backoff_s * 2.0 ** (attempt - 1), self._description.longest_wait_s)
+        return longest * random.uniform(0.5, 1)
+
+    def _asked_wait_s(self, answer: Answer) -> float:
+        wait_s = _retry_after_s(answer.headers.get("retry-after", ""))
+        if wait_s > self._description.longest_wait_s:
+            raise SourceError(
+                f"{self._template.shown}: the server asks to wait for {wait_s:.0f} s; try later"
+            )
+        if answer.status in _BUSY:
+            self._gate.pause(wait_s)
+        return wait_s
+
+    def _refusal(self, status: int, what: str) -> str:
+        message = f"{self._template.shown}: the server answered HTTP {status} when asked for {what}; "
+        if status not in (401, 403, 407):
+            return message + "check the template"
+        variables = " and ".join(self._template.variables)
+        if variables:
+            return message + f"check the key in the environment variable {variables}"
+        return message + "if it wants a key, put it into the environment and {env:NAME} into the template"
+
+
+class _Gate:
+    """When the next request to a host may start, for all sources of the process that ask it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free_at = self._paused_until = 0.0
+
+    def wait(self, rate_per_s: float, stopped: threading.Event) -> bool:
+        """Wait for a turn, of which there are at most `rate_per_s` a second, 0 for any; False if stopped."""
+        with self._lock:
+            turn = max(time.monotonic(), self._free_at)
+            if rate_per_s:
+                self._free_at = turn + 1 / rate_per_s
+        while (delay := max(turn, self._paused_until) - time.monotonic()) > 0:
+            if stopped.wait(delay):
+                return False
+        return not stopped.is_set()
+
+    def pause(self, seconds: float) -> None:
+        """Let no request start for so long."""
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+
+
+_gates: weakref.WeakValueDictionary[str, _Gate] = weakref.WeakValueDictionary()
+_gates_lock = threading.Lock()
+
+
+def _gate_of(host: str) -> _Gate:
+    with _gates_lock:
+        gate = _gates.get(host)
+        if gate is None:
+            gate = _gates[host] = _Gate()
+        return gate
+
+
+def user_agent() -> str:
+    """Return what servers are told asks them; GEOENGINE_CONTACT, a URL or address, becomes part of it."""
+    contact = os.environ.get("GEOENGINE_CONTACT", "").strip()
+    return f"geoengine/{version('geoengine')}" + (f" (+{contact})" if contact else "")
+
+
+def _transports(template: UrlTemplate, connections: int) -> Iterator[httpx.HTTPTransport]:
+    import httpx
+
+    proxy = _proxy_of(template)
+    context = httpx.create_ssl_context()
+    http2 = importlib.util.find_spec("h2") is not None
+    for _ in range(-(-connections // _PER_TRANSPORT)):
+        yield httpx.HTTPTransport(
+            verify=context,
+            http2=http2,
+            proxy=proxy,
+            limits=httpx.Limits(
+                max_connections=_PER_TRANSPORT, max_keepalive_connections=_PER_TRANSPORT, keepalive_expiry=30
+            ),
+        )
+
+
+def _proxy_of(template: UrlTemplate) -> str | None:
+    """Return the proxy that the environment names for a host."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(template.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(template.host.replace("{s}", "a")):
+        return None
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if urlsplit(proxy).scheme not in ("http", "https"):
+        raise SourceError(f"{template.shown}: the proxy in the environment is not an http:// or https:// one")
+    return proxy
+
+
+def _retry_after_s(header: str) -> float:
+    """Return the seconds that a Retry-After header asks for, as a number or as a date; 0 for none."""
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
