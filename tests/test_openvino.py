@@ -1,6 +1,9 @@
 """The OpenVINO backend, on small int8 encoders."""
 
 import json
+import os
+import platform
+import subprocess
 import sys
 import threading
 import time
@@ -80,6 +83,29 @@ def test_the_number_of_threads_changes_nothing(backend, bundle):
         for request in opened._requests.values():
             assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == threads
     other.close()
+
+
+ANOTHER_CPU = """
+import sys
+import numpy as np
+from geoengine.engine.backends.openvino import OpenVino
+from geoengine.engine.bundle import EngineBundle
+backend = OpenVino(EngineBundle.open(sys.argv[1]), threads=1)
+np.save(sys.argv[3], backend.encode("photo", np.load(sys.argv[2])))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is of x86 CPUs")
+def test_older_cpus_give_the_same(backend, bundle, tmp_path):
+    """AVX2 adds products in 16 bits, which weights of full 8 bits would overflow."""
+    pixels = sample_pictures(SIDE, 8)
+    np.save(tmp_path / "pixels.npy", pixels)
+    paths = [str(bundle.path), str(tmp_path / "pixels.npy"), str(tmp_path / "found.npy")]
+    older = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-P", "-c", ANOTHER_CPU, *paths], check=True, env=older, timeout=60)
+    np.testing.assert_allclose(
+        np.load(paths[2]), backend.encode("photo", pixels), rtol=0, atol=1e-3
+    )  # other instructions round layer normalisations in another way
 
 
 def test_no_pictures(backend):
