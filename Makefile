@@ -7,7 +7,7 @@ DIST ?= dist
 
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/* kernels/cuda/*)
 
-.PHONY: locate test lint readme wheel clean
+.PHONY: locate test lint readme wheel sanitize clean
 
 locate: $(VENV)/base.stamp
 	@$(VENV)/bin/geoengine locate --demo '$(PHOTO)'
@@ -26,6 +26,23 @@ readme: $(VENV)/base.stamp
 
 wheel: $(VENV)/bin/python
 	$(VENV)/bin/pip wheel --no-deps --wheel-dir $(DIST) .
+
+# The kernel tests over CPU kernels that watch every access and every undefined operation, or, with SANITIZE=thread,
+# every race. Left out: the test that limits its own memory. Leaks are not looked for, since Python's hide ours.
+# The C++ library must be there before the extension for exceptions to pass.
+SANITIZE ?= address,undefined
+SANITIZED := build/sanitize
+RUNTIME = lib$(if $(findstring thread,$(SANITIZE)),t,a)san.so
+sanitize: $(VENV)/test.stamp
+	$(VENV)/bin/pip install --quiet cmake 'pybind11>=2.13'
+	$(VENV)/bin/cmake -S . -B $(SANITIZED) -DCMAKE_BUILD_TYPE=Release -DGEOENGINE_CUDA=OFF \
+	  -DGEOENGINE_SANITIZE=$(SANITIZE) -DSKBUILD_PROJECT_NAME=geoengine -DSKBUILD_PROJECT_VERSION=0 \
+	  -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python) -Dpybind11_DIR="$$($(VENV)/bin/python -m pybind11 --cmakedir)"
+	$(VENV)/bin/cmake --build $(SANITIZED) --parallel
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=$(RUNTIME)) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=tests \
+	  GEOENGINE_SANITIZED="$$(ls $(SANITIZED)/_topk_cpu*.so)" $(VENV)/bin/python -m pytest -s -p sanitizer \
+	  tests/test_kernels.py tests/test_kernels_[!c]*.py -k 'not system_refuses_more_threads'
 
 clean:
 	rm -rf $(VENV) $(DIST) .mypy_cache .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ __mmask16 first(std::int64_t count) { return static_cast<__mmask16>((1u << count
 struct V {
   static constexpr int rows = 4;
   static constexpr int queries = 4;
-  static constexpr int tall = 8;
+  static constexpr int tall = 4;
   __m512 lanes;
 
   static V zero() { return {_mm512_setzero_ps()}; }

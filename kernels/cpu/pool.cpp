@@ -40,6 +40,28 @@ bool spin(const Done& done) {
   return done();
 }
 
+// Whether helpers speed brief jobs up depends on what else the machine does: both ways are timed, the better one is
+// taken, and the other one tried again now and then.
+class BriefJobs {
+ public:
+  bool help_pays() {
+    const bool better = together_ <= alone_;
+    return calls_.fetch_add(1) % kTrial == kTrial - 1 ? !better : better;
+  }
+
+  void count(bool together, double seconds_per_step) {
+    std::atomic<double>& mean = together ? together_ : alone_;
+    mean = mean + (seconds_per_step - mean) / kMemory;
+  }
+
+ private:
+  static constexpr std::uint32_t kTrial = 256;
+  static constexpr double kMemory = 8.0;
+  std::atomic<std::uint32_t> calls_{0};
+  std::atomic<double> together_{0.0};
+  std::atomic<double> alone_{0.0};
+};
+
 struct Posted {
   Job& job;
   std::int64_t places;  // helpers still wanted, guarded by Pool::mutex_
@@ -49,21 +71,23 @@ struct Posted {
 
 class Pool {
  public:
-  void run(Job& job, std::int64_t helpers, bool brief) {
+  void run(Job& job, std::int64_t helpers, double brief) {
+    const Clock::time_point begin = Clock::now();
+    const bool close_by = begin.time_since_epoch().count() - last_end_ < Clock::duration(kAwake).count();
+    const bool together = brief == 0.0 || (close_by && brief_jobs_.help_pays());
     Posted posted{job, helpers};
-    if (post(posted, brief)) {
-      job.work(0);
-      withdraw(posted);
-    } else {
-      job.work(0);
+    const bool is_posted = together && post(posted);
+    job.work(0);
+    if (is_posted) withdraw(posted);
+    const Clock::time_point end = Clock::now();
+    if (brief > 0.0 && close_by) {
+      brief_jobs_.count(together, std::chrono::duration<double>(end - begin).count() / brief);
     }
-    last_end_ = Clock::now().time_since_epoch().count();
+    last_end_ = end.time_since_epoch().count();
   }
 
  private:
-  bool post(Posted& posted, bool brief) {
-    const auto idle = Clock::duration(Clock::now().time_since_epoch().count() - last_end_.load());
-    if (brief && spinning_ == 0 && idle > kAwake) return false;
+  bool post(Posted& posted) {
     const std::lock_guard<std::mutex> lock(mutex_);
     start(posted.places);
     posted.places = std::min<std::int64_t>(posted.places, threads_);
@@ -104,9 +128,7 @@ class Pool {
 
   [[noreturn]] void help() {
     while (true) {
-      ++spinning_;
       spin([&] { return waiting_jobs_ > 0; });
-      --spinning_;
       std::unique_lock<std::mutex> lock(mutex_);
       ++asleep_;
       wake_.wait(lock, [&] { return !open_.empty(); });
@@ -131,8 +153,8 @@ class Pool {
   std::int64_t threads_ = 0;
   std::int64_t asleep_ = 0;
   std::atomic<std::int64_t> waiting_jobs_{0};
-  std::atomic<std::int64_t> spinning_{0};
   std::atomic<Clock::rep> last_end_{0};
+  BriefJobs brief_jobs_;
 };
 
 // Never destroyed, since its threads end with the process. A fork has none of them, hence begins with a pool anew.
@@ -150,7 +172,7 @@ Pool& shared_pool() {
 
 }  // namespace
 
-void run_together(Job& job, std::int64_t helpers, bool brief) {
+void run_together(Job& job, std::int64_t helpers, double brief) {
   if (helpers < 1) {
     job.work(0);
   } else {

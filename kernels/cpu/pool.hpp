@@ -15,8 +15,9 @@ class Job {
 };
 
 // Calls job.work(0) here and job.work(1), … on up to `helpers` other threads, as far as the system has them to give
-// and they come before the work is done. With `brief` work, sleeping threads are woken only when calls follow each
-// other closely, since else they would come too late. Calls from several threads share the helpers.
-void run_together(Job& job, std::int64_t helpers, bool brief);
+// and they come before the work is done. Calls from several threads share the helpers. `brief` is 0, or the number of
+// steps of work so short that waking a thread takes about as long: then others help only where calls follow each other
+// closely and help has been found to pay.
+void run_together(Job& job, std::int64_t helpers, double brief);
 
 }  // namespace geoengine::cpu

@@ -13,8 +13,11 @@ namespace {
 // Bytes of rows that a thread takes at a time: a fraction of a millisecond of work.
 constexpr std::int64_t kBytesPerTurn = 256 * 1024;
 
-// Consecutive rows are fetched this long before they are multiplied: a few KiB.
-constexpr std::int64_t kRowsAhead = 8;
+// Where there is less to do, turns are shorter: a thread that comes late should still find some.
+constexpr std::int64_t kTurnsEach = 4;
+
+// Consecutive rows are asked for this many bytes before they are multiplied.
+constexpr std::int64_t kBytesAhead = 8192;
 
 // Squared lengths in fp32 are trusted when finite and at least this: then no product has overflowed and what has
 // underflowed is far below rounding. Other rows (zero, tiny, huge, not finite) are computed again in double.
@@ -87,7 +90,7 @@ Scan::Scan(const Kernel& kernel, const Rows& rows, const Int8Look* look, const C
       workers_(static_cast<std::size_t>(threads)) {
   if (look_ != nullptr) int8_queries_ = quantize(queries, rows.d);
   const std::int64_t strips = (candidates.count + kStrip - 1) / kStrip;
-  const std::int64_t shares = (strips + threads - 1) / threads;
+  const std::int64_t shares = (strips + kTurnsEach * threads - 1) / (kTurnsEach * threads);
   const std::int64_t strip_bytes = kStrip * rows.d * (look_ != nullptr ? 1 : bytes_of(rows.type));
   const std::int64_t fitting = kBytesPerTurn / std::max<std::int64_t>(strip_bytes, 1);
   positions_per_turn_ = kStrip * std::max<std::int64_t>(1, std::min(fitting, shares));
@@ -145,9 +148,21 @@ bool Scan::scan(Worker& worker, const Part& part) const {
       }
       strip.rows[r] = row(positions[r]);
     }
+    if (candidates_.rows != nullptr) ask_for(first + kStrip, std::min(first + 2 * kStrip, part.end));
     if (!score(worker, part, strip, positions)) return false;
   }
   return true;
+}
+
+// Rows in no order: the processor cannot guess which come next.
+void Scan::ask_for(std::int64_t begin, std::int64_t end) const {
+  constexpr std::int64_t kLine = 64;
+  const std::int64_t bytes = rows_.d * bytes_of(rows_.type);
+  for (std::int64_t position = begin; position < end; ++position) {
+    if (!exists(position)) return;
+    const char* const start = static_cast<const char*>(row(position));
+    for (std::int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(start + byte);
+  }
 }
 
 // §2 All rows in int8, and in full those whose score may still be among the k best.
@@ -155,7 +170,7 @@ bool Scan::look_then_scan(Worker& worker, const Part& part) const {
   Strip strip = strip_of(worker, part);
   Int8Strip look;
   look.d = rows_.d;
-  look.ahead = candidates_.rows == nullptr ? kRowsAhead * look_->stride : 0;
+  look.ahead = candidates_.rows == nullptr ? kBytesAhead : 0;
   look.queries = int8_queries_.planes.data() + 2 * part.query * int8_queries_.stride;
   look.sums = int8_queries_.sums.data() + 2 * part.query;
   look.m = part.queries;
@@ -229,7 +244,7 @@ std::uint32_t Scan::promising(Worker& worker, const Part& part, const Int8Strip&
 Strip Scan::strip_of(Worker& worker, const Part& part) const {
   Strip strip = {};
   strip.d = rows_.d;
-  strip.ahead = candidates_.rows == nullptr ? kRowsAhead * row_bytes_ : 0;
+  strip.ahead = candidates_.rows == nullptr ? kBytesAhead : 0;
   strip.queries = queries_.padded.data() + part.query * queries_.stride;
   strip.m = std::max<std::int64_t>(part.queries, 1);  // rows are checked even where no query asks
   strip.stride = queries_.stride;

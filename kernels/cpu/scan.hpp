@@ -49,6 +49,7 @@ class Scan : public Job {
 
   bool take_turn(Worker& worker, std::int64_t begin, std::int64_t end) const;
   bool scan(Worker& worker, const Part& part) const;
+  void ask_for(std::int64_t begin, std::int64_t end) const;
   bool look_then_scan(Worker& worker, const Part& part) const;
   std::uint32_t promising(Worker& worker, const Part& part, const Int8Strip& strip, std::int64_t first) const;
   Strip strip_of(Worker& worker, const Part& part) const;

@@ -26,11 +26,32 @@ void sum_all(const V* sums, float* out, std::int64_t stride) {
   }
 }
 
-// R rows by Q queries in registers; row and query vectors are loaded once for R*Q products. With `Ahead`, what lies
-// `ahead` bytes on is fetched meanwhile.
-template <class V, class T, int R, int Q, bool Squares, bool Ahead>
+// Asks for one cache line after the other while a tile is computed: memory is fastest read in order, which a tile of
+// several rows does not do. Without `ahead`, asks for the same line again and again, which costs nothing.
+class Ahead {
+ public:
+  Ahead(const void* from, std::int64_t ahead)
+      : next_(static_cast<const char*>(from) + ahead), step_(ahead != 0 ? kLine : 0) {}
+
+  // What follows lies `place` bytes into a step of the tile.
+  void pass(std::int64_t place) {
+    if (place % kLine != 0) return;
+    __builtin_prefetch(next_);
+    next_ += step_;
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  const char* next_;
+  std::int64_t step_;
+};
+
+// R rows by Q queries in registers; row and query vectors are loaded once for R*Q products. `First` tiles of a row are
+// those that find it in memory, not in the cache.
+template <class V, class T, int R, int Q, bool Squares, bool First>
 void score_tile(const void* const* rows, std::int64_t d, std::int64_t ahead, const float* queries, std::int64_t stride,
                 float* products, std::int64_t products_stride, float* squares) {
+  Ahead next(rows[0], ahead);
   V product[R][Q];
   V square[R];
   for (int r = 0; r < R; ++r) {
@@ -50,9 +71,8 @@ void score_tile(const void* const* rows, std::int64_t d, std::int64_t ahead, con
   std::int64_t column = 0;
   for (; column + kLanes <= d; column += kLanes) {
     for (int r = 0; r < R; ++r) {
-      const T* const values = static_cast<const T*>(rows[r]) + column;
-      if constexpr (Ahead) __builtin_prefetch(reinterpret_cast<const char*>(values) + ahead);
-      row[r] = V::load(values);
+      if constexpr (First) next.pass(r * kLanes * static_cast<std::int64_t>(sizeof(T)));
+      row[r] = V::load(static_cast<const T*>(rows[r]) + column);
     }
     add(column, row);
   }
@@ -127,6 +147,7 @@ void multiply_int8(const Int8Strip& strip) {
   for (std::int64_t top = 0; top < strip.count; top += R) {
     for (std::int64_t query = 0; query < strip.m; ++query) {
       const std::int8_t* const first = strip.queries + 2 * query * strip.stride;
+      Ahead next(strip.rows[top], query == 0 ? strip.ahead : 0);
       typename I::Sum sums[2][R];
       for (int r = 0; r < R; ++r) sums[0][r] = sums[1][r] = I::zero();
       const auto add = [&](std::int64_t column, int r, const typename I::Row& row) {
@@ -136,7 +157,7 @@ void multiply_int8(const Int8Strip& strip) {
       std::int64_t column = 0;
       for (; column + I::block <= strip.d; column += I::block) {
         for (int r = 0; r < R; ++r) {
-          __builtin_prefetch(strip.rows[top + r] + column + strip.ahead);
+          next.pass(r * I::block);
           add(column, r, I::load(strip.rows[top + r] + column));
         }
       }

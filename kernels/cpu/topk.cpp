@@ -17,24 +17,24 @@ namespace {
 // Waking a thread costs about as much as this many multiply-adds.
 constexpr double kProductsPerThread = 4e6;
 
-// Below this many, a thread that is awake already costs more than it saves.
-constexpr double kFewestProducts = 1e5;
+// With fewer, a thread costs more than it saves even if it is awake.
+constexpr double kFewestProducts = 4e5;
 
 struct Crew {
   std::int64_t threads;
-  bool brief;
+  double brief;  // the number of products, where they are few
 };
 
 Crew choose_threads(const Rows& rows, const Candidates& candidates, std::int64_t m, std::int64_t asked) {
   const std::int64_t strips = std::max<std::int64_t>((candidates.count + kStrip - 1) / kStrip, 1);
-  if (asked > 0) return {std::min(asked, strips), false};
+  if (asked > 0) return {std::min(asked, strips), 0.0};
   const double pairs = static_cast<double>(candidates.count) * static_cast<double>(candidates.segments ? 1 : m);
   const double products = pairs * static_cast<double>(rows.d);
-  if (products < kFewestProducts) return {1, false};
-  const std::int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-  if (products < 2 * kProductsPerThread) return {std::min({cores, strips, std::int64_t{2}}), true};
+  if (products < kFewestProducts) return {1, 0.0};
+  static const std::int64_t cores = std::max(1u, std::thread::hardware_concurrency());  // it reads a file each time
+  if (products < 2 * kProductsPerThread) return {std::min({cores, strips, std::int64_t{2}}), products};
   const double most = std::min(products / kProductsPerThread, static_cast<double>(std::min(cores, strips)));
-  return {static_cast<std::int64_t>(most), false};
+  return {static_cast<std::int64_t>(most), 0.0};
 }
 
 // The k best of all workers' bests, in order.
