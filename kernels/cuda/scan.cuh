@@ -192,6 +192,7 @@ __device__ inline float product_in_double(const Scan& scan, const float* values,
                                           int lane) {
   double product = 0.0;
   double square = 0.0;
+#pragma unroll 1  // rare: better small than fast
   for (int column = lane; column < static_cast<int>(scan.problem.d); column += kWarp) {
     const double x = value_at<T>(row, column);
     product += x * values[query_slot<T>(column)];
