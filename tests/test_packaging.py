@@ -24,7 +24,7 @@ PACKAGES = PROJECT["tool"]["scikit-build"]["wheel"]["packages"]
 RANKS = {"kernels": 0, "engine": 1, "export": 2, "bench": 3, "training": 3, "geoengine": 4}
 
 # Slow to import, or not part of a base install.
-HEAVY = {"cv2", "httpx", "onnx", "onnxruntime", "onnx_ir", "open_clip", "PIL", "pillow_heif", "pmtiles"}
+HEAVY = {"cv2", "httpcore", "onnx", "onnxruntime", "onnx_ir", "open_clip", "PIL", "pillow_heif", "pmtiles"}
 HEAVY |= {"sqlite3", "tensorrt", "torch"}
 
 

@@ -9,6 +9,8 @@ import logging
 import os
 import queue
 import random
+import re
+import ssl
 import threading
 import time
 import urllib.request
@@ -18,14 +20,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources.description import SourceDescription
 from geoengine.engine.sources.template import UrlTemplate, WithoutKeys
 
 if TYPE_CHECKING:
-    import httpx
+    import httpcore
 
 MISSING = frozenset({204, 404, 410})
 """Statuses that say that there is no such tile."""
@@ -38,7 +40,8 @@ _MOST_REDIRECTS = 5
 _MOST_BYTES = 32 << 20  # of an answer
 _FIRST_ATTEMPTS = 3  # as long as nothing has ever come from the server
 _FAILURES_IN_A_ROW = 8
-_PER_TRANSPORT = 4  # connections; one pool of 32 spends a third more time on its lock
+_PER_POOL = 4  # connections; one pool of 32 spends a third more time on its lock
+_KEEP_ALIVE_S = 30.0
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -102,24 +105,26 @@ class Fetcher:
         self._template = template
         self._gate = _gate_of(template.host)
         self._answered = False
-        self._headers = {"User-Agent": user_agent(), "Accept": "image/*,*/*;q=0.1"} | template.headers
+        own = {"User-Agent": user_agent(), "Accept": "image/*,*/*;q=0.1", "Accept-Encoding": "identity"}
+        self._headers = own | template.headers
+        self._own_names = frozenset(own)
         self._timeout = {
             "connect": description.connect_timeout_s,
             "read": description.read_timeout_s,
             "write": description.read_timeout_s,
             "pool": None,
         }
-        self._transports = list(_transports(template, description.concurrency))
-        self._seats: queue.SimpleQueue[httpx.HTTPTransport] = queue.SimpleQueue()
-        for transport in itertools.islice(itertools.cycle(self._transports), description.concurrency):
-            self._seats.put(transport)
+        self._pools = list(_pools(template, description.concurrency))
+        self._seats: queue.SimpleQueue[httpcore.ConnectionPool] = queue.SimpleQueue()
+        for pool in itertools.islice(itertools.cycle(self._pools), description.concurrency):
+            self._seats.put(pool)
         self._without_keys = WithoutKeys(template.secrets)
         self._without_keys.start()
 
     def close(self) -> None:
         """Close the connections."""
-        for transport in self._transports:
-            transport.close()
+        for pool in self._pools:
+            pool.close()
         self._without_keys.stop()
 
     def get(
@@ -171,55 +176,59 @@ class Fetcher:
 
     def _ask(self, url: str, headers: Mapping[str, str] | None, content: bytes | None) -> Answer | str:
         """Make one request; returns the answer, or in words why there is none."""
-        import httpx
+        import httpcore
 
         seat = self._seats.get()
         try:
             return self._exchange(seat, url, headers or {}, content)
-        except httpx.TimeoutException:
+        except httpcore.TimeoutException:
             return "it did not answer in time"
-        except httpx.TransportError:
+        except (httpcore.LocalProtocolError, httpcore.UnsupportedProtocol, UnicodeError):
+            raise SourceError(f"{self._template.shown}: the template makes no valid request") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError):
             return "the connection broke" if self._answered else "it cannot be reached"
-        except (httpx.InvalidURL, httpx.DecodingError):
-            raise SourceError(f"{self._template.shown}: the template makes no valid URL") from None
         finally:
             self._seats.put(seat)
 
     def _exchange(
-        self, seat: httpx.HTTPTransport, url: str, headers: Mapping[str, str], content: bytes | None
+        self, seat: httpcore.ConnectionPool, url: str, headers: Mapping[str, str], content: bytes | None
     ) -> Answer | str:
-        import httpx
+        import httpcore
 
-        sent, host = self._headers | dict(headers), urlsplit(url).netloc
+        sent, first_host = self._headers | dict(headers), ""
         for _ in range(_MOST_REDIRECTS):
-            request = httpx.Request(
+            scheme, host, target = _split(url)
+            first_host = first_host or host
+            if host != first_host:  # which must not see the keys of the first
+                sent = {name: value for name, value in sent.items() if name in self._own_names}
+            request = httpcore.Request(
                 "GET" if content is None else "POST",
-                url,
-                headers=sent,
+                _origin(scheme, host, target),
+                headers=_encoded(sent, host, content),
                 content=content,
                 extensions={"timeout": self._timeout},
             )
             with closing(seat.handle_request(request)) as response:
-                if response.status_code == 200 and "Range" in headers:
-                    return Answer(200, response.headers, b"")  # the whole file, which nobody wants
-                if response.status_code not in _REDIRECTS or "location" not in response.headers:
-                    return self._answer(response)
-            url = urljoin(url, response.headers["location"])
-            if urlsplit(url).netloc != host:  # which must not see this host's keys
-                sent = {name: sent[name] for name in ("User-Agent", "Accept")}
+                found = {name.decode().lower(): value.decode("latin-1") for name, value in response.headers}
+                if response.status == 200 and "Range" in headers:
+                    return Answer(200, found, b"")  # the whole file, which nobody wants
+                if response.status not in _REDIRECTS or "location" not in found:
+                    return self._answer(response, found)
+            url = urljoin(url, found["location"])
         return "it redirects without end"
 
-    def _answer(self, response: httpx.Response) -> Answer | str:
+    def _answer(self, response: httpcore.Response, headers: Mapping[str, str]) -> Answer | str:
         """Read the body, but not for ever."""
         late = time.monotonic() + 3 * self._description.read_timeout_s
-        body = bytearray()
-        for part in response.iter_bytes():
-            body += part
-            if len(body) > _MOST_BYTES:
+        parts, length = [], 0
+        for part in response.iter_stream():
+            parts.append(part)
+            length += len(part)
+            if length > _MOST_BYTES:
                 return "its answer has no end"
             if time.monotonic() > late:
                 return "it did not answer in time"
-        return Answer(response.status_code, response.headers, bytes(body))
+        return Answer(response.status, headers, b"".join(parts))
 
     def _backoff_s(self, attempt: int) -> float:
         """Seconds to wait before an attempt; spread, so that the threads do not come back all at once."""
@@ -287,34 +296,63 @@ def user_agent() -> str:
     return f"geoengine/{version('geoengine')}" + (f" (+{contact})" if contact else "")
 
 
-def _transports(template: UrlTemplate, connections: int) -> Iterator[httpx.HTTPTransport]:
-    import httpx
+def _pools(template: UrlTemplate, connections: int) -> Iterator[httpcore.ConnectionPool]:
+    import certifi
+    import httpcore
 
     proxy = _proxy_of(template)
-    context = httpx.create_ssl_context()
+    context = ssl.create_default_context()  # SSL_CERT_FILE and SSL_CERT_DIR are looked at
+    context.load_verify_locations(certifi.where())
     http2 = importlib.util.find_spec("h2") is not None
-    for _ in range(-(-connections // _PER_TRANSPORT)):
-        yield httpx.HTTPTransport(
-            verify=context,
-            http2=http2,
+    for _ in range(-(-connections // _PER_POOL)):
+        yield httpcore.ConnectionPool(
+            ssl_context=context,
             proxy=proxy,
-            limits=httpx.Limits(
-                max_connections=_PER_TRANSPORT, max_keepalive_connections=_PER_TRANSPORT, keepalive_expiry=30
-            ),
+            http2=http2,
+            max_connections=_PER_POOL,
+            max_keepalive_connections=_PER_POOL,
+            keepalive_expiry=_KEEP_ALIVE_S,
         )
 
 
-def _proxy_of(template: UrlTemplate) -> str | None:
+def _split(url: str) -> tuple[str, str, str]:
+    """Return a URL's scheme, host with port, and what is asked of the host."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return scheme, host, f"{slash or '/'}{path}".partition("#")[0]
+
+
+def _origin(scheme: str, host: str, target: str) -> httpcore.URL:
+    import httpcore
+
+    name, _, port = host.rpartition(":") if re.search(r":\d+$", host) else (host, "", "")
+    return httpcore.URL(
+        scheme=scheme.encode(),
+        host=name.strip("[]").encode("idna" if not name.isascii() else "ascii"),
+        port=int(port) if port else None,
+        target=target.encode("ascii"),
+    )
+
+
+def _encoded(headers: Mapping[str, str], host: str, content: bytes | None) -> list[tuple[bytes, bytes]]:
+    sent = [(b"Host", host.encode("idna" if not host.isascii() else "ascii"))]
+    sent += [(name.encode(), value.encode()) for name, value in headers.items()]
+    return sent if content is None else [*sent, (b"Content-Length", str(len(content)).encode())]
+
+
+def _proxy_of(template: UrlTemplate) -> httpcore.Proxy | None:
     """Return the proxy that the environment names for a host."""
+    import httpcore
+
     proxies = urllib.request.getproxies()
     proxy = proxies.get(template.scheme) or proxies.get("all")
     if not proxy or urllib.request.proxy_bypass(template.host.replace("{s}", "a")):
         return None
-    if "://" not in proxy:
-        proxy = f"http://{proxy}"
-    if urlsplit(proxy).scheme not in ("http", "https"):
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SourceError(f"{template.shown}: the proxy in the environment is not an http:// or https:// one")
-    return proxy
+    auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+    return httpcore.Proxy(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", auth=auth)
 
 
 def _retry_after_s(header: str) -> float:

@@ -18,6 +18,7 @@ _OF_THE_TILE = frozenset({"z", "x", "y", "-y", "s", "quadkey"})
 _KNOWN = "{z}, {x}, {y}, {-y}, {quadkey}, {s} and {env:NAME}"
 _KEY_NAMES = re.compile(r"key|token|secret|sig|password|auth|session|appid", re.IGNORECASE)
 _KEY_LENGTH = 8  # a shorter value that somebody typed into a query is not worth hiding
+_AS_THEY_ARE = "%/:=&?~#+!$,;'@()*[]{}|"  # characters of a template that need no quoting, or have it
 _LOGGERS = (
     *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy")),
     *("hpack.hpack", "hpack.table"),  # which log each header, and with HTTP/2 the path is one
@@ -49,7 +50,8 @@ class UrlTemplate:
             raise SourceError("the tile source's URL template is no valid URL") from None
         self.scheme, self.host = parts.scheme, f"{parts.hostname}{port}"
         self.shown = f"{parts.scheme}://{self.host}{parts.path}"
-        self._text, self._subdomains = text, subdomains
+        query = f"?{parts.query}" if parts.query else ""
+        self._subdomains = subdomains
         written = "".join((text, *(headers or {}).values()))
         self.used = set(_PLACEHOLDER.findall(written))
         self.variables = sorted(name[4:] for name in self.used if name.startswith("env:"))
@@ -57,6 +59,8 @@ class UrlTemplate:
         unknown = sorted(self.used - _OF_THE_TILE - set(self._keys))
         if unknown:
             raise SourceError(f"{self.shown}: {{{unknown[0]}}} is no placeholder; there are {_KNOWN}")
+        self._parts = _PLACEHOLDER.split(quote(f"{self.shown}{query}", safe=_AS_THEY_ARE))
+        self._places = [(index, self._parts[index]) for index in range(1, len(self._parts), 2)]
         self.headers = {
             name: _PLACEHOLDER.sub(lambda found: self._keys.get(found[1], found[0]), value)
             for name, value in (headers or {}).items()
@@ -73,8 +77,8 @@ class UrlTemplate:
                 *(value for _, value in typed if len(value) >= _KEY_LENGTH and "{" not in value),
             ]
         )
-        query = (f"{name}={value}" for name, value in typed if not _KEY_NAMES.search(name))
-        self.identity = fingerprint("http", self.shown, *query)
+        telling = (f"{name}={value}" for name, value in typed if not _KEY_NAMES.search(name))
+        self.identity = fingerprint("http", self.shown, *telling)
 
     @property
     def is_archive(self) -> bool:
@@ -88,17 +92,20 @@ class UrlTemplate:
 
     def url(self, tile: Tile | None = None) -> str:
         """Return the URL of a tile, or the URL as it is when it has no tile in it."""
-        values = self._keys
-        if tile is not None:
-            values = values | {
-                "z": str(tile.z),
-                "x": str(tile.x),
-                "y": str(tile.y),
-                "-y": str(tms_row(tile)),
-                "s": self._subdomains[(tile.x + tile.y) % len(self._subdomains)],
-                "quadkey": quadkey(tile),
-            }
-        return _PLACEHOLDER.sub(lambda found: values[found[1]], self._text)
+        parts = self._parts.copy()
+        for index, name in self._places:
+            parts[index] = self._value(name, tile)
+        return "".join(parts)
+
+    def _value(self, name: str, tile: Tile | None) -> str:
+        if name in self._keys:
+            return self._keys[name]
+        assert tile is not None
+        if name in ("z", "x", "y"):
+            return str(getattr(tile, name))
+        if name == "-y":
+            return str(tms_row(tile))
+        return quadkey(tile) if name == "quadkey" else self._subdomains[sum(tile[1:]) % len(self._subdomains)]
 
 
 class WithoutKeys(logging.Filter):
