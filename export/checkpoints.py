@@ -43,7 +43,7 @@ def load_clip_encoders(
     names = [PHOTO, *map(encoder_name, levels)]
     files = {} if checkpoints is None else _checkpoint_files(checkpoints, names)
     tower = _architecture(model, pretrained)
-    reference = {name: tensor.to("meta") for name, tensor in tower.state_dict().items()}
+    reference = tower.state_dict()
     own, scales = {}, {}
     for name, file in files.items():
         own[name], scales[name] = _read_tower(file, reference)
@@ -51,17 +51,16 @@ def load_clip_encoders(
     if all(len(own.get(name, ())) == len(reference) for name in names):
         states, scale = dict(own), None
     else:
-        base, scale = _pretrained_state(model, pretrained, tower, bool(files))
+        base, scale = _pretrained_state(model, pretrained, reference, bool(files))
         states = {name: {**base, **own.get(name, {})} for name in names}
         if pretrained == RANDOM:
             states = {name: _random_head(base, seed) for seed, name in enumerate(names)}
     layers, preprocessing = len(tower_parts(tower).blocks), tower.preprocess_cfg
-    blank = tower.to("meta")  # without weights, copies cost nothing
     return EncoderSet(
         model=model,
         pretrained="checkpoints" if files or _is_file(pretrained) else pretrained,
         world="earth",
-        towers={name: _with_weights(blank, states[name]) for name in names},
+        towers={name: _with_weights(tower, states[name]) for name in names},
         trunk_layers=shared_blocks(states, max(layers - HEAD_LAYERS, 0)),
         levels=tuple(levels),
         mean=tuple(preprocessing["mean"]),
@@ -119,23 +118,8 @@ _PREPROCESSING = {"interpolation": ("bicubic",), "resize_mode": RESIZE_MODES}
 
 
 def _architecture(model: str, pretrained: str) -> Any:  # noqa: ANN401  # open_clip is untyped
-    """Return the vision tower with random weights; its `preprocess_cfg` is that of the pretrained weights."""
-    preprocessing = _preprocessing(model, pretrained)
-    config = {} if pretrained == RANDOM else open_clip.get_pretrained_cfg(model, pretrained)
-    try:
-        with torch.random.fork_rng(devices=[]), _quiet():
-            torch.manual_seed(0)
-            clip = open_clip.create_model(
-                model,
-                pretrained=None,
-                precision="fp32",
-                # OpenAI's weights need QuickGELU whatever the model is called
-                force_quick_gelu=bool(config.get("quick_gelu", False)),
-                force_preprocess_cfg=preprocessing,
-            )
-    except (RuntimeError, ValueError, OSError, ImportError) as error:
-        raise ExportError(f"open_clip cannot make the model {model}: {error}") from error
-    tower = clip.visual.eval().requires_grad_(False)
+    """Return the vision tower on the meta device; its `preprocess_cfg` is that of the pretrained weights."""
+    tower = _make_tower(model, pretrained, "meta")  # large models take minutes to fill with random numbers
     tower_parts(tower)
     for key, known in _PREPROCESSING.items():
         if tower.preprocess_cfg[key] not in known:
@@ -144,6 +128,26 @@ def _architecture(model: str, pretrained: str) -> Any:  # noqa: ANN401  # open_c
                 f"only {' and '.join(map(repr, known))} can be exported"
             )
     return tower
+
+
+def _make_tower(model: str, pretrained: str, device: str) -> Any:  # noqa: ANN401  # open_clip is untyped
+    """Return a vision tower with random weights, the same every time."""
+    config = {} if pretrained == RANDOM else open_clip.get_pretrained_cfg(model, pretrained)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device), _quiet():
+            torch.manual_seed(0)
+            clip = open_clip.create_model(
+                model,
+                pretrained=None,
+                precision="fp32",
+                device=device,
+                # OpenAI's weights need QuickGELU whatever the model is called
+                force_quick_gelu=bool(config.get("quick_gelu", False)),
+                force_preprocess_cfg=_preprocessing(model, pretrained),
+            )
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        raise ExportError(f"open_clip cannot make the model {model}: {error}") from error
+    return clip.visual.eval().requires_grad_(False)
 
 
 def _preprocessing(model: str, pretrained: str) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _pretrained_state(
-    model: str, pretrained: str, tower: nn.Module, partial: bool
+    model: str, pretrained: str, reference: State, partial: bool
 ) -> tuple[State, float | None]:
     """Return a whole tower's weights, and the logit scale where they come with one."""
     if pretrained == RANDOM:
@@ -184,11 +188,10 @@ def _pretrained_state(
                 "the checkpoints hold only part of an encoder, and the rest cannot be random: "
                 "name the weights that they were fine-tuned from with --pretrained"
             )
-        return tower.state_dict(), None
+        return _make_tower(model, pretrained, "cpu").state_dict(), None
     file = Path(pretrained)
     if not file.is_file():
         file = _download(model, pretrained)
-    reference = tower.state_dict()
     state, scale = _split_clip(read_state(file))
     return fit(state, reference, reference, str(file)), scale
 
@@ -240,8 +243,8 @@ def _random_head(base: State, seed: int) -> State:
     return state
 
 
-def _with_weights(blank: nn.Module, state: State) -> nn.Module:
-    """Return a tower like `blank` whose parameters are the given tensors themselves, not copies."""
-    like = copy.deepcopy(blank)
+def _with_weights(tower: nn.Module, state: State) -> nn.Module:
+    """Return a tower like `tower` whose parameters are the given tensors themselves, not copies."""
+    like = copy.deepcopy(tower)
     like.load_state_dict(state, assign=True)
     return like.requires_grad_(False)

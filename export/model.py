@@ -98,10 +98,12 @@ class Trunk:
 
     def _patches(self, drawing: Drawing) -> ir.Value:
         """Resize, scale, and cut into patches: [patches, 3 * patch size ** 2]."""
-        size, patch = self._parts.image_size, self._parts.patch_size
-        grid = size // patch
+        size, patch, grid = self._parts.image_size, self._parts.patch_size, self._parts.grid
         resized = self.side != size
         x = self._resize(drawing) if resized else drawing.cast(drawing.input, drawing.products)
+        if grid * patch < size and not resized:
+            ends = drawing.integers(grid * patch, grid * patch)
+            x = drawing.op("Slice", x, drawing.integers(0, 0), ends, drawing.integers(1, 2))
         x = drawing.with_number("Sub", drawing.cast(x, drawing.products), _PIXEL_CENTRE)
         x = drawing.with_number("Mul", x, _PIXEL_SCALE)
         cut = (3, grid, patch, grid, patch) if resized else (grid, patch, grid, patch, 3)
@@ -110,11 +112,11 @@ class Trunk:
         return drawing.reshape(x, grid * grid, 3 * patch * patch)
 
     def _resize(self, drawing: Drawing) -> ir.Value:
-        """Give float32[3, image size, image size], whole numbers 0 to 255.
+        """Give what the patches cover of the picture at its new size, float32[3, covered, covered].
 
-        Pillow filters along rows first, and rounds to 8 bits after either direction.
+        Pillow filters along rows first, and rounds to 8 bits, 0 to 255, after either direction.
         """
-        matrix = resize_matrix(self.side, self._parts.image_size)
+        matrix = resize_matrix(self.side, self._parts.image_size)[: self._parts.grid * self._parts.patch_size]
         columns, rows = drawing.weight("resize_columns", matrix.T), drawing.weight("resize_rows", matrix)
         x = drawing.op("Transpose", drawing.cast(drawing.input, _FLOAT), perm=(0, 3, 1, 2))
         x = _to_byte(drawing, drawing.op("MatMul", x, columns))

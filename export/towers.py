@@ -103,6 +103,11 @@ class TowerParts:
         return int(self.patch.weight.shape[-1])
 
     @property
+    def grid(self) -> int:
+        """The number of patches along a side; pixels beyond the last whole patch are not seen."""
+        return self.image_size // self.patch_size
+
+    @property
     def width(self) -> int:
         """The length of a token."""
         return int(self.patch.weight.shape[0])
@@ -128,11 +133,11 @@ def tower_parts(tower: Tower) -> TowerParts:
             "open_clip and timm"
         )
     height, width = tower.image_size
-    size = parts.patch_size
-    if height != width or height % size or parts.patch.weight.shape[2:] != (size, size):
+    size, grid = parts.patch_size, parts.grid
+    if height != width or parts.patch.weight.shape[2:] != (size, size) or len(parts.position) != grid**2:
         raise ExportError(
-            f"an image encoder for {height}x{width} pixels in patches of {size} cannot be exported: "
-            "its input must be square and a multiple of the patch"
+            f"an image encoder for {height}x{width} pixels with {len(parts.position)} patches of {size} "
+            "cannot be exported: its input must be square"
         )
     return parts
 
@@ -180,7 +185,7 @@ def _open_clip_block(block: Tower) -> BlockParts:
 
 
 def _timm_parts(tower: Tower) -> TowerParts:
-    from timm.layers import AttentionPoolLatent  # type: ignore[attr-defined]
+    from timm.layers import AttentionPoolLatent, Mlp  # type: ignore[attr-defined]
     from timm.models.vision_transformer import Attention, Block, VisionTransformer  # type: ignore[attr-defined]
 
     trunk = tower.trunk
@@ -190,24 +195,25 @@ def _timm_parts(tower: Tower) -> TowerParts:
             "VisionTransformer"
         )
     blocks, pool = trunk.blocks, trunk.attn_pool
+    head = [module for module in tower.head if not isinstance(module, nn.Dropout)]
     _refuse(
         {
-            "custom attention blocks": _any_other(blocks, Block)
+            "custom blocks": _any_other(blocks, Block)
             or _any_other((block.attn for block in blocks), Attention)
             or any(_is_custom(block.attn, "q_norm", "k_norm", "norm", "gate") for block in blocks)
+            or _any_other((block.mlp for block in blocks), Mlp)
             or any(_is_custom(block.mlp, "norm") for block in blocks),
             f'pooling "{trunk.global_pool}"': trunk.global_pool not in ("token", "avg", "map")
             or (pool is not None and (type(pool) is not AttentionPoolLatent or pool.latent_len != 1)),
             "custom pooling": pool is not None
             and (_is_custom(pool, "q_norm", "k_norm", "pos_embed") or pool.mlp is None),
-            "a patch normalisation": _is_custom(trunk.patch_embed, "norm"),
+            "a patch embedding of several layers": not isinstance(trunk.patch_embed.proj, nn.Conv2d)
+            or _is_custom(trunk.patch_embed, "norm"),
             "no position embedding": trunk.pos_embed is None,
-            "a projection of several layers": len([m for m in tower.head if not isinstance(m, nn.Dropout)])
-            > 1
-            or _is_custom(tower.head, "mlp", "pool"),
+            "a projection of several layers": len(head) > 1 or _is_custom(tower.head, "mlp", "pool"),
         }
     )
-    projections = [m for m in (trunk.head, *tower.head) if isinstance(m, nn.Linear)]
+    projections = [module for module in (trunk.head, *head) if isinstance(module, nn.Linear)]
     prefix, position = _timm_positions(trunk)
     kinds = {"token": Pool.token, "avg": Pool.mean}
     return TowerParts(

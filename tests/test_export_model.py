@@ -9,7 +9,7 @@ from made_encoders import MEAN, SMALL, STD, encode, expected, run_graph, shaken,
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
-from timm.layers import GELUTanh
+from timm.layers import GELUTanh, GluMlp
 
 from geoengine.engine.errors import ExportError
 from geoengine.engine.manifest import Variant
@@ -92,6 +92,16 @@ def test_timm_towers(blocks, options, tmp_path):
     check(shaken(timm_tower(**options)), tmp_path, blocks)
 
 
+def test_pixels_beyond_the_last_whole_patch_are_not_seen(tmp_path):
+    sizes = {"image_size": 20, "patch_size": 8, "width": 32, "layers": 2, "heads": 4, "mlp_ratio": 4.0}
+    tower = shaken(VisionTransformer(**sizes, output_dim=24))
+    files = write_encoder(tower, tmp_path, sides=(20, 30))
+    for side in (20, 30):
+        batch = pictures(side)
+        resized = [Image.fromarray(picture).resize((20, 20), Image.Resampling.BICUBIC) for picture in batch]
+        np.testing.assert_allclose(encode(files, side, batch), expected(tower, np.stack(resized)), atol=1e-4)
+
+
 def test_a_tower_without_projection(tmp_path):
     tower = shaken(SMALL.build())
     tower.proj = None
@@ -106,7 +116,6 @@ def test_a_tower_without_projection(tmp_path):
         ({"qk_norm": True}, "custom attention blocks"),
         ({"output_tokens": True}, "token outputs"),
         ({"image_size": (16, 24)}, "16x24 pixels"),
-        ({"image_size": 18}, "18x18 pixels in patches of 8"),
         ({"act_layer": torch.nn.ReLU}, "activation ReLU"),
     ],
 )
@@ -120,7 +129,8 @@ def test_other_open_clip_towers_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"qk_norm": True}, "custom attention blocks"),
+        ({"qk_norm": True}, "custom blocks"),
+        ({"mlp_layer": GluMlp}, "custom blocks"),
         ({"global_pool": "max"}, 'pooling "max"'),
         ({"pos_embed": ""}, "no position embedding"),
         ({"norm_layer": "rmsnorm"}, "the normalisation RmsNorm"),
@@ -130,6 +140,13 @@ def test_other_open_clip_towers_are_refused(options, message):
 def test_other_timm_towers_are_refused(options, message):
     with pytest.raises(ExportError, match=message):
         Head(timm_tower(**options), trunk_layers=1, mean=MEAN, std=STD)
+
+
+def test_several_layers_before_the_patches_are_refused():
+    tower = timm_tower()
+    tower.trunk.patch_embed.proj = torch.nn.Identity()  # as timm's HybridEmbed has
+    with pytest.raises(ExportError, match="a patch embedding of several layers"):
+        Head(tower, trunk_layers=1, mean=MEAN, std=STD)
 
 
 def test_networks_that_are_no_vision_transformers_are_refused():
