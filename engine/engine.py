@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from geoengine.engine.backends import Backend, open_backend
 from geoengine.engine.bundle import EngineBundle, resolve_bundle
 from geoengine.engine.errors import BundleError, SourceError, TileError
+from geoengine.engine.index.known_rows import KnownRows, RowCache
+from geoengine.engine.index.tile_index import Maker, TileIndex
 from geoengine.engine.manifest import PHOTO, encoder_name, model_name
 from geoengine.engine.photos import Photo, read_photo
 from geoengine.engine.preprocess import to_square
@@ -42,10 +44,20 @@ class GeoEngine:
     """Locates photos with the encoders of one bundle over one tile source.
 
     `GeoEngine.open` is the usual way to make one; a context manager closes the backend and the tile source.
-    Raises BundleError when the encoders know another world than the tiles show.
+    `index` is an index of some levels' tiles; `row_cache` is a folder in which embeddings of tiles met in
+    searches are kept for later ones. Raises BundleError when the encoders know another world than the tiles
+    show, TileIndexError when the index is not of these encoders and these tiles.
     """
 
-    def __init__(self, bundle: EngineBundle, source: TileSource, backend: Backend) -> None:
+    def __init__(
+        self,
+        bundle: EngineBundle,
+        source: TileSource,
+        backend: Backend,
+        *,
+        index: TileIndex | None = None,
+        row_cache: Path | None = None,
+    ) -> None:
         if bundle.world != source.world:
             raise BundleError(
                 f"the encoders of engine bundle {bundle.path} know the world {bundle.world!r}, and the tiles "
@@ -54,6 +66,14 @@ class GeoEngine:
         self.bundle = bundle
         self.source = source
         self.backend = backend
+        self.known: KnownRows | None = None
+        if index is not None:
+            index.check_fits(bundle, source)
+        cache = None
+        if row_cache is not None and source.storable:
+            cache = RowCache(row_cache, Maker.of(bundle, source, backend))
+        if index is not None or cache is not None:
+            self.known = KnownRows(bundle.embed_dim, index, cache)
 
     @classmethod
     def open(
@@ -64,13 +84,15 @@ class GeoEngine:
         backend: str = "auto",
         precision: str | None = None,
         threads: int | None = None,
+        index: str | Path | None = None,
+        row_cache: Path | None = None,
     ) -> GeoEngine:
         """Open a bundle, a tile source and a backend.
 
         `bundle` is a folder, "planet", or None for what `resolve_bundle` finds; `tiles` is what `open_source`
         takes, or an open source, which the engine then owns. Without `tiles`, a bundle of the built-in planet
         gets the planet's tiles, and one of Earth raises SourceError. `backend`, `precision` and
-        `threads` are those of `open_backend`.
+        `threads` are those of `open_backend`. `index` is the folder of a tile index; `row_cache` is as above.
         """
         opened = EngineBundle.open(resolve_bundle(bundle))
         if tiles is None:
@@ -88,7 +110,8 @@ class GeoEngine:
                 source = tiles
             opened_backend = open_backend(opened, backend=backend, precision=precision, threads=threads)
             undo.callback(opened_backend.close)
-            engine = cls(opened, source, opened_backend)
+            opened_index = None if index is None else TileIndex(Path(index))
+            engine = cls(opened, source, opened_backend, index=opened_index, row_cache=row_cache)
             undo.pop_all()
         return engine
 
@@ -127,7 +150,7 @@ class GeoEngine:
         start = time.perf_counter()
         read = [self.prepare(photo) for photo in photos]
         embeddings = self.embed_photos(read)
-        found = search(embeddings, self.source, self.backend, config, progress=progress)
+        found = search(embeddings, self.source, self.backend, config, known=self.known, progress=progress)
         seconds = (time.perf_counter() - start) / max(1, len(read))
         return [
             self._location(photo, levels, config, seconds) for photo, levels in zip(read, found, strict=True)
@@ -161,6 +184,9 @@ class GeoEngine:
         if within is not None and within.of_earth and self.bundle.world != "earth":
             raise RegionError(f"{within.name} is on Earth, and the {self.bundle.world} is not: give a box")
 
+    def _levels(self, config: SearchConfig) -> list[int]:
+        return levels_of(self.source, config.levels, overzoom=config.overzoom)
+
     def _location(
         self, photo: Photo, levels: tuple[Level, ...], config: SearchConfig, seconds: float
     ) -> Location:
@@ -193,7 +219,7 @@ class GeoEngine:
             model=model_name(manifest),
             seconds=seconds,
             within="" if config.within is None else config.within.name,
-            left_out=tuple(sorted(set(config.levels) - set(levels_of(self.source, config.levels)))),
+            left_out=tuple(sorted(set(config.levels) - set(self._levels(config)))),
         )
 
 
@@ -222,9 +248,9 @@ def uncertainty_radius_km(level: Level, shares: NDArray[np.float64]) -> float:
 
 
 def _path(tile: Tile, levels: Sequence[Level]) -> tuple[ScoredTile, ...]:
-    """Return the tile's ancestor in each level's beam, coarse to fine, and itself."""
+    """Return the tile's scored ancestor in each level, coarse to fine, and itself."""
     path = []
     for level in levels:
         ancestor = parent(tile, level.zoom)
-        path.append(next(scored for scored in level.beam if scored.tile == ancestor))
+        path += [scored for scored in (*level.beam, *level.ancestors) if scored.tile == ancestor]
     return tuple(path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -14,9 +15,10 @@ T = TypeVar("T")
 class ReadAhead(Generic[T]):
     """Iterates `produce()` on a background thread, at most `depth` items ahead of the consumer.
 
-    Use it as a context manager and iterate it once. Items keep their order. An exception of the producer is
-    raised to the consumer after the items before it. Leaving the block, for whatever reason, tells the
-    producer to stop, closes its iterator on its own thread, and waits for the item that it is working on.
+    Use it as a context manager. Items keep their order. An exception of the producer is raised to the
+    consumer after the items before it. Leaving the block, for whatever reason, tells the producer to stop,
+    closes its iterator on its own thread, and waits for the item that it is working on, unless it was left
+    with `abandon`.
     """
 
     def __init__(self, produce: Callable[[], Iterable[T]], *, depth: int) -> None:
@@ -26,6 +28,7 @@ class ReadAhead(Generic[T]):
         self._changed = threading.Condition()
         self._finished = False
         self._stopped = False
+        self.abandoned = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="geoengine-read-ahead", daemon=True)
 
@@ -40,19 +43,33 @@ class ReadAhead(Generic[T]):
             self._stopped = True
             self._items.clear()
             self._changed.notify_all()
-        self._thread.join()
+        if not self.abandoned:
+            self._thread.join()
 
-    def __iter__(self) -> Iterator[T]:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._items or self._finished)
-                if not self._items:
-                    if self._error is not None:
-                        raise self._error
-                    return
-                item = self._items.popleft()
-                self._changed.notify_all()
-            yield item
+    def take(self, until: float | None = None) -> T:
+        """Return the next item; raises StopIteration after the last one.
+
+        Raises TimeoutError when there is none by `until`, a time of `time.monotonic`.
+        """
+        with self._changed:
+            timeout_s = None if until is None else max(0.0, until - time.monotonic())
+            if not self._changed.wait_for(lambda: self._items or self._finished, timeout_s):
+                raise TimeoutError
+            if not self._items:
+                raise StopIteration if self._error is None else self._error
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return item
+
+    @property
+    def waiting(self) -> bool:
+        """Whether `take` would return an item at once."""
+        with self._changed:
+            return bool(self._items)
+
+    def abandon(self) -> None:
+        """Let leaving the block not wait for the producer, which ends with the item it is working on."""
+        self.abandoned = True
 
     def _run(self) -> None:
         try:

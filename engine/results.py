@@ -38,18 +38,29 @@ class Level:
     """One stage of the search: what was looked at and what was kept.
 
     `zoom` is the zoom of its tiles. `candidates` counts the tiles scored for this photo, `missing` those that
-    should have been scored but that the tile source does not have. `beam` holds the tiles kept, best first.
+    should have been scored but that the tile source does not have, `late` those that did not come in time.
+    `beam` holds the tiles kept, best first.
+
+    Of the candidates, `known` had an embedding before the search, in an index or from an earlier search, and
+    `enlarged` were cut out of coarser tiles. In an `exhaustive` level all tiles of the searched area were
+    scored from an index, not only those in the beam of the level before; `ancestors` are then the tiles that
+    contain an answer and are not in the beam.
     """
 
     zoom: int
     candidates: int
     missing: int
     beam: tuple[ScoredTile, ...]
+    late: int = 0
+    known: int = 0
+    enlarged: int = 0
+    exhaustive: bool = False
+    ancestors: tuple[ScoredTile, ...] = ()
 
     @property
     def coverage(self) -> float:
-        """Share of the level's wanted tiles that the tile source has, 0 to 1; 0 when none was wanted."""
-        wanted = self.candidates + self.missing
+        """Share of the level's wanted tiles that were scored, 0 to 1; 0 when none was wanted."""
+        wanted = self.candidates + self.missing + self.late
         return self.candidates / wanted if wanted else 0.0
 
 
@@ -60,7 +71,8 @@ class Candidate:
     `rank` counts from 1. `point` is the centre of `tile` in degrees. `score` is the tile's score at its
     level. `share` is the candidate's part of a softmax over the last level's beam, 0 to 1, with the logit
     scale of the level's encoder; it compares candidates with each other and is no calibrated probability.
-    `path` runs from the coarsest level to the candidate itself, each tile containing the next.
+    `path` runs from the coarsest level to the candidate itself, each tile containing the next; a level that
+    was searched and did not score the tile that contains the candidate is left out.
     """
 
     rank: int

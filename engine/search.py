@@ -2,61 +2,52 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geoengine.engine.backends import EmbeddingRows
 from geoengine.engine.errors import GeoEngineError, SourceError, TileError
-from geoengine.engine.manifest import encoder_name
-from geoengine.engine.readahead import ReadAhead
+from geoengine.engine.index.known_rows import KnownRows
+from geoengine.engine.index.segments import find, tile_ids, tiles_of_ids
+from geoengine.engine.index.tile_index import Table
+from geoengine.engine.level import Encoders, Reading, embed_level, rank_table
+from geoengine.engine.pictures import MOST_ENLARGED
 from geoengine.engine.regions import Region
 from geoengine.engine.regions.box import Box, Overlap
 from geoengine.engine.results import Level, ScoredTile
-from geoengine.engine.sources import WORLD_BOUNDS, TileBatch, TileSource
-from geoengine.engine.tiles import LEVELS, Tile, all_xy, descendants_xy, tile_count
-
-
-class Encoders(Protocol):
-    """The part of a backend that a search needs; see `Backend`."""
-
-    @property
-    def batch(self) -> int:
-        """How many pictures in one call suit it best; bounds memory."""
-        ...
-
-    def rows(self, encoder: str, capacity: int) -> EmbeddingRows:
-        """Return room for the embeddings of `capacity` pictures of one encoder."""
-        ...
-
+from geoengine.engine.sources import WORLD_BOUNDS, TileSource
+from geoengine.engine.tiles import LEVELS, Tile, all_xy, descendants_xy, parent, tile_count
+from geoengine.kernels import cosine_topk
 
 Progress: TypeAlias = Callable[[int, int, int, int], None]
 """(level index, zoom, tiles done, tiles in all), often; a level's last call has as many done as there are."""
-
-READ_AHEAD = 2
-"""Batches of the tile source that may wait for the encoder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
     """What is searched: `k` tiles kept after each level, the levels' zooms, `top` candidates reported.
 
-    `within` is the part of the world that is searched, None for all of it.
+    `within` is the part of the world that is searched, None for all of it. `deadline_s` is the time in
+    seconds after which a level is scored with the tiles that have arrived, None for no limit. With
+    `overzoom`, tiles that the source lacks are cut out of tiles up to three zooms coarser, and enlarged.
     """
 
     k: int = 16
     levels: tuple[int, ...] = LEVELS
     top: int = 5
     within: Region | None = None
+    deadline_s: float | None = None
+    overzoom: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("k", self.k), ("top", self.top)):
             if value < 1:
                 raise GeoEngineError(f"{name} must be at least 1, got {value}")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise GeoEngineError(f"the deadline must be more than 0 seconds, got {self.deadline_s:g}")
         if not self.levels:
             raise TileError("levels must name at least one zoom")
         if any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
@@ -71,6 +62,7 @@ def search(
     encoders: Encoders,
     config: SearchConfig,
     *,
+    known: KnownRows | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[Level, ...]]:
     """Descend the tile pyramid for each photo, float32[p, d], and return the photo's levels, coarse to fine.
@@ -83,38 +75,60 @@ def search(
 
     Only the levels that the source may have are searched, and of them only the tiles that overlap
     `config.within` and the source's bounds. Tiles that the source lacks all the same are skipped and counted
-    in `Level.missing`. A photo for which a level has no tile at all ends with the level before. Raises
-    SourceError when that is the first level, or when the source has none of the levels; exceptions of the
-    source and of the encoders pass through, and no thread is left behind.
+    in `Level.missing`, those that come too late in `Level.late`. A photo for which a level has no tile at all
+    ends with the level before.
+
+    Of the levels that `known` has an index of, all tiles are candidates, in the order of the index; levels
+    without an index are searched only below the deepest of them. Tiles whose embeddings are known are not
+    read, and those of the others are added to what is known. With `known`, all embeddings are scored in half
+    precision, so that the second search of a place answers as the first one did.
+
+    Raises SourceError when the first level has no tile, or the source none of the levels; exceptions of the
+    source and of the encoders pass through, and no thread is left behind but one that waits for a late tile.
     """
     queries = np.ascontiguousarray(photo_embeddings, dtype=np.float32)
     found: list[list[Level]] = [[] for _ in queries]
-    zooms, area = levels_of(source, config.levels), searched_area(source, config.within)
-    first = all_xy(zooms[0]) if area is None else area.tiles(zooms[0])
-    candidates = dict.fromkeys(range(len(queries)), first)
+    zooms = levels_of(source, config.levels, overzoom=config.overzoom)
+    area = searched_area(source, config.within)
+    tables = _tables(known, zooms, area)
+    zooms = [zoom for zoom in zooms if zoom in tables or zoom > max(tables, default=-1)]
     for index, zoom in enumerate(zooms):
-        if index > 0:
-            candidates = {
-                photo: _descendants(levels[-1], zoom, area)
-                for photo, levels in enumerate(found)
-                if len(levels) == index  # the others had no tile at an earlier level
-            }
-        if not candidates:
+        # The others had no tile at an earlier level.
+        photos = [photo for photo, levels in enumerate(found) if len(levels) == index]
+        if not photos:
             break
-        report = _level_progress(progress, index, zoom)
-        tiles = _encode_level(source, encoders, zoom, candidates.values(), report)
-        for photo, level in tiles.rank(candidates, queries, config.k):
+        reading = Reading(
+            source=source,
+            encoders=encoders,
+            deadline_s=config.deadline_s,
+            overzoom=config.overzoom,
+            progress=_level_progress(progress, index, zoom),
+        )
+        if zoom in tables:
+            ranked = _ranked_table(tables[zoom], zoom, photos, queries, config.k)
+            reading.progress(1, 1)
+        else:
+            candidates = _candidates(found, photos, zoom, area)
+            tiles = embed_level(reading, known, zoom, candidates.values())
+            ranked = tiles.rank(candidates, queries, config.k)
+        for photo, level in ranked:
             if level.beam:
                 found[photo].append(level)
         if index == 0 and not any(found):
-            where = "" if config.within is None else f" within {config.within.name}"
-            raise SourceError(f"tile source {source.name} has no tile of zoom {zoom}, the first level{where}")
-    return [tuple(levels) for levels in found]
+            raise SourceError(_nothing_found(source, zoom, config))
+    return [
+        _with_ancestors(levels, tables, query, config.top)
+        for levels, query in zip(found, queries, strict=True)
+    ]
 
 
-def levels_of(source: TileSource, levels: Sequence[int]) -> list[int]:
-    """Return the levels that a source may have tiles of; raises SourceError when there are none."""
-    there = [zoom for zoom in levels if source.min_zoom <= zoom <= source.max_zoom]
+def levels_of(source: TileSource, levels: Sequence[int], *, overzoom: bool = False) -> list[int]:
+    """Return the levels that a source may have tiles of; raises SourceError when there are none.
+
+    With `overzoom`, these are also those that can be cut out of its deepest tiles.
+    """
+    deepest = source.max_zoom + (MOST_ENLARGED if overzoom else 0)
+    there = [zoom for zoom in levels if source.min_zoom <= zoom <= deepest]
     if not there:
         raise SourceError(
             f"tile source {source.name} has zooms {source.min_zoom} to {source.max_zoom}, "
@@ -131,120 +145,71 @@ def searched_area(source: TileSource, within: Region | None) -> Region | None:
     return bounds if within is None else Overlap(within, bounds)
 
 
-def _descendants(level: Level, zoom: int, area: Region | None) -> NDArray[np.int64]:
-    """Return the tiles of a zoom, int64[n, 2], that lie in a level's beam and overlap the area."""
-    xy = descendants_xy([scored.tile[1:] for scored in level.beam], level.zoom, zoom)
-    return xy if area is None else xy[area.intersects(zoom, xy)]
+def _tables(known: KnownRows | None, zooms: Sequence[int], area: Region | None) -> dict[int, Table]:
+    """Return the embeddings of the levels of which all tiles are known."""
+    if known is None:
+        return {}
+    known.refresh()
+    tables = {zoom: known.table(zoom, area) for zoom in zooms}
+    return {zoom: table for zoom, table in tables.items() if table is not None}
 
 
-@dataclass(frozen=True, slots=True)
-class _EncodedLevel:
-    """The tiles of one level: `ids` sorted, `rows` into `embeddings`, -1 for a missing tile."""
-
-    zoom: int
-    ids: NDArray[np.int64]  # (tiles,)
-    rows: NDArray[np.int64]  # (tiles,)
-    embeddings: EmbeddingRows
-
-    def rank(
-        self, candidates: Mapping[int, NDArray[np.int64]], queries: NDArray[np.float32], k: int
-    ) -> Iterator[tuple[int, Level]]:
-        """Score each photo's candidates, int64[n, 2], in one call; yields photos and their levels."""
-        rows = {photo: self.rows[np.searchsorted(self.ids, _pack(xy))] for photo, xy in candidates.items()}
-        present = {photo: np.flatnonzero(own >= 0) for photo, own in rows.items()}
-        segments = np.cumsum([0, *(len(own) for own in present.values())])
-        scores, order = np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)
-        if segments[-1]:
-            listed = np.concatenate([rows[photo][own] for photo, own in present.items()])
-            scores, order = self.embeddings.top_k(queries[list(rows)], k, listed, segments)
-        for row, (photo, xy) in enumerate(candidates.items()):
-            best = order[row][order[row] >= 0]  # fewer than k where a photo has fewer candidates
-            kept = xy[present[photo][best]]  # (k, 2)
-            beam = tuple(
-                ScoredTile(tile=Tile(self.zoom, x, y), score=score)
-                for (x, y), score in zip(kept.tolist(), scores[row].tolist(), strict=False)
-            )
-            there = len(present[photo])
-            yield photo, Level(zoom=self.zoom, candidates=there, missing=len(xy) - there, beam=beam)
+def _candidates(
+    found: Sequence[Sequence[Level]], photos: Sequence[int], zoom: int, area: Region | None
+) -> Mapping[int, NDArray[np.int64]]:
+    """Return each photo's tiles of a level, int64[n, 2]: those in its last beam, at first all of the area."""
+    if not found[photos[0]]:
+        return dict.fromkeys(photos, all_xy(zoom) if area is None else area.tiles(zoom))
+    candidates = {}
+    for photo in photos:
+        last = found[photo][-1]
+        xy = descendants_xy([scored.tile[1:] for scored in last.beam], last.zoom, zoom)
+        candidates[photo] = xy if area is None else xy[area.intersects(zoom, xy)]
+    return candidates
 
 
-def _encode_level(
-    source: TileSource,
-    encoders: Encoders,
-    zoom: int,
-    candidates: Iterable[NDArray[np.int64]],
-    progress: Callable[[int, int], None],
-) -> _EncodedLevel:
-    """Read the union of all photos' candidates, each tile once, and encode each distinct picture once.
-
-    Reading and hashing run on a thread of their own, ahead of the encoder.
-    """
-    arrays = {id(xy): xy for xy in candidates}.values()  # at the first level all photos share one array
-    ids = np.unique(np.concatenate([_pack(xy) for xy in arrays]))
-    rows = np.full(len(ids), -1, dtype=np.int64)
-    embeddings = encoders.rows(encoder_name(zoom), len(ids))
-    progress(0, len(ids))
-    with ReadAhead(lambda: _hashed(source, source.read(zoom, _unpack(ids))), depth=READ_AHEAD) as batches:
-        for pictures in _distinct(batches, rows, encoders.batch, lambda done: progress(done, len(ids))):
-            embeddings.append(pictures)
-    progress(len(ids), len(ids))
-    return _EncodedLevel(zoom, ids, rows, embeddings)
+def _ranked_table(
+    table: Table, zoom: int, photos: Sequence[int], queries: NDArray[np.float32], k: int
+) -> Iterator[tuple[int, Level]]:
+    for row, level in rank_table(table, zoom, queries[list(photos)], k):
+        yield photos[row], level
 
 
-def _hashed(source: TileSource, batches: Iterator[TileBatch]) -> Iterator[tuple[TileBatch, list[bytes]]]:
-    """Add to each batch a digest of each picture's pixels, after checking what the source hands out."""
-    side = 0
-    for batch in batches:
-        side = side or batch.pixels.shape[1]
-        expected = (len(batch.positions), side, side, 3)
-        if batch.pixels.shape != expected or batch.pixels.dtype != np.uint8:
-            raise SourceError(
-                f"tile source {source.name} gave {batch.pixels.dtype} pictures of shape {batch.pixels.shape} "
-                f"instead of uint8 {expected}"
-            )
-        # SHA-256 is the fastest of hashlib's where the CPU has instructions for it: 20 us for 112 px.
-        yield batch, [hashlib.sha256(picture).digest() for picture in np.ascontiguousarray(batch.pixels)]
+def _with_ancestors(
+    levels: Sequence[Level], tables: Mapping[int, Table], query: NDArray[np.float32], top: int
+) -> tuple[Level, ...]:
+    """Add to exhaustive levels the scores of the answers' ancestors, which their beams may lack."""
+    answers = [scored.tile for scored in levels[-1].beam[:top]] if levels else []
+    return tuple(
+        replace(level, ancestors=_ancestors(level, answers, tables[level.zoom], query))
+        if level.exhaustive
+        else level
+        for level in levels
+    )
 
 
-def _distinct(
-    batches: Iterable[tuple[TileBatch, list[bytes]]],
-    rows: NDArray[np.int64],
-    chunk: int,
-    progress: Callable[[int], None],
-) -> Iterator[NDArray[np.uint8]]:
-    """Yield the distinct pictures, `chunk` at a time, and write into `rows` which picture each tile has.
+def _ancestors(
+    level: Level, answers: Sequence[Tile], table: Table, query: NDArray[np.float32]
+) -> tuple[ScoredTile, ...]:
+    kept = {scored.tile for scored in level.beam}
+    lacking = {parent(tile, level.zoom) for tile in answers} - kept
+    if not lacking:
+        return ()
+    rows = find(table.ids, tile_ids(np.array([tile[1:] for tile in sorted(lacking)])))
+    rows = rows[rows >= 0]
+    scores, order = cosine_topk(table.matrix, query[None], max(1, len(rows)), rows=rows)
+    xy = tiles_of_ids(table.ids[rows[order[0]]]).tolist()
+    return tuple(
+        ScoredTile(tile=Tile(level.zoom, *place), score=score)
+        for place, score in zip(xy, scores[0].tolist(), strict=True)
+    )
 
-    The chunks are views of one staging buffer.
-    """
-    row_of: dict[bytes, int] = {}
-    staging = np.empty((0, 0, 0, 3), dtype=np.uint8)
-    waiting = done = 0
-    for batch, digests in batches:
-        if not staging.size:
-            staging = np.empty((min(chunk, len(rows)), *batch.pixels.shape[1:]), dtype=np.uint8)
-        for position, digest, picture in zip(batch.positions.tolist(), digests, batch.pixels, strict=True):
-            if digest not in row_of:
-                row_of[digest] = len(row_of)
-                staging[waiting] = picture
-                waiting += 1
-                if waiting == len(staging):
-                    yield staging
-                    waiting = 0
-            rows[position] = row_of[digest]
-        done += len(digests)
-        progress(done)
-    if waiting:
-        yield staging[:waiting]
+
+def _nothing_found(source: TileSource, zoom: int, config: SearchConfig) -> str:
+    where = "" if config.within is None else f" within {config.within.name}"
+    when = "" if config.deadline_s is None else f", or none that came within {config.deadline_s:g} s"
+    return f"tile source {source.name} has no tile of zoom {zoom}, the first level{where}{when}"
 
 
 def _level_progress(progress: Progress | None, index: int, zoom: int) -> Callable[[int, int], None]:
     return lambda done, total: None if progress is None else progress(index, zoom, done, total)
-
-
-def _pack(xy: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One sortable number for each tile of a level."""
-    return xy[:, 0] << 32 | xy[:, 1]
-
-
-def _unpack(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.stack([ids >> 32, ids & 0xFFFFFFFF], axis=1)

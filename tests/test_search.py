@@ -322,8 +322,11 @@ def test_read_ahead_keeps_order_and_stays_close():
             yield i
 
     with ReadAhead(produce, depth=2) as ahead:
-        for i in ahead:
+        for i in range(20):
+            assert ahead.take() == i
             assert max(produced) <= i + 4  # two waiting, one offered, one taken
+        with pytest.raises(StopIteration):
+            ahead.take()
     assert produced == list(range(20))
 
 
@@ -341,7 +344,7 @@ def test_leaving_read_ahead_closes_the_producer_on_its_thread():
         return iterators[0]
 
     with ReadAhead(produce, depth=1) as ahead:
-        assert next(iter(ahead)) == 0
+        assert ahead.take() == 0
     assert closed_on == ["geoengine-read-ahead"]
     assert read_ahead_threads() == []
 

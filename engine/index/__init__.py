@@ -1,0 +1,1 @@
+"""Tile embeddings that outlive a search: indexes of whole levels, and rows kept from earlier searches."""

@@ -1,0 +1,234 @@
+"""Building tile indexes: resumable, one process at a time, complete or recognisably not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geoengine.engine.backends import Backend
+from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.index.errors import TileIndexError
+from geoengine.engine.index.segments import (
+    Ids,
+    Segment,
+    find,
+    merge_segments,
+    tile_ids,
+    tiles_of_ids,
+    write_segment,
+)
+from geoengine.engine.index.tile_index import (
+    MANIFEST,
+    PARTS,
+    Area,
+    Description,
+    Maker,
+    TileIndex,
+    index_files,
+    level_file,
+)
+from geoengine.engine.manifest import encoder_name
+from geoengine.engine.pictures import HostEmbeddings, hand_on
+from geoengine.engine.regions import Region
+from geoengine.engine.regions.box import Overlap
+from geoengine.engine.sources import TileSource
+from geoengine.engine.tiles import all_xy
+
+TILES_PER_PART = 4096
+"""Tiles between two moments at which an interrupted build goes on."""
+
+BuildProgress: TypeAlias = Callable[[int, int, int], None]
+"""(zoom, tiles done, tiles in all), often."""
+
+
+def build_index(
+    folder: Path,
+    bundle: EngineBundle,
+    source: TileSource,
+    backend: Backend,
+    *,
+    zooms: Sequence[int],
+    area: Region | None = None,
+    land: bool = False,
+    progress: BuildProgress = lambda zoom, done, total: None,
+) -> TileIndex:
+    """Embed all tiles of some zooms that lie in an area, or only those of them on land, into a folder.
+
+    A folder that holds a part of the same index is completed, one that holds further levels of it gets more.
+    Tiles that the source lacks are noted and not asked for again. Raises TileIndexError for a folder that
+    holds another index, that another process builds, or for tiles that may not be kept; what the source and
+    the backend raise passes through, and the parts that are done stay.
+    """
+    check_zooms(bundle, source, zooms)
+    wanted = Description(
+        maker=Maker.of(bundle, source, backend),
+        areas=(Area(land=land, within="" if area is None else area.name),),
+    )
+    with building(folder):
+        description = _begun(folder, wanted)
+        for zoom in zooms:
+            if zoom not in description.complete:
+                ids = np.sort(tile_ids(_tiles(zoom, area, land)))
+                _build_level(folder, source, backend, zoom, ids, wanted.maker.width, progress)
+                description = description.with_level(zoom)
+                description.write(folder)
+            _drop_parts(folder, zoom)
+    return TileIndex(folder)
+
+
+def check_zooms(bundle: EngineBundle, source: TileSource, zooms: Sequence[int]) -> None:
+    """Raise TileIndexError for zooms that cannot be indexed, or for tiles that may not be kept."""
+    if not source.storable:
+        raise TileIndexError(f"the terms of {source.name} forbid to keep what is computed from its tiles")
+    for zoom in zooms:
+        if zoom not in bundle.levels:
+            known = ", ".join(map(str, bundle.levels))
+            raise TileIndexError(f"no map encoder for zoom {zoom}: the engine bundle has levels {known}")
+        if not source.min_zoom <= zoom <= source.max_zoom:
+            raise TileIndexError(
+                f"{source.name} has no tiles of zoom {zoom}, only {source.min_zoom} to {source.max_zoom}"
+            )
+
+
+def merge_indexes(folder: Path, parts: Sequence[Path]) -> TileIndex:
+    """Write one index with the tiles of several, which must be of the same encoder and the same tiles.
+
+    A level is complete when it is so in all of them, or in one of them where all are of the same area.
+    Raises TileIndexError when they do not fit together, or when `folder` exists.
+    """
+    indexes = [TileIndex(part) for part in parts]
+    first = indexes[0].description
+    for index in indexes[1:]:
+        maker = index.description.maker
+        if (maker.encoder, maker.source) != (first.maker.encoder, first.maker.source):
+            other = "encoder" if maker.encoder != first.maker.encoder else "tile source"
+            raise TileIndexError(f"{index.path} and {indexes[0].path} are of another {other} each")
+    if folder.exists() and any(folder.iterdir()):
+        raise TileIndexError(f"{folder}: the folder is not empty: give the merged index a new one")
+    areas = tuple(dict.fromkeys(area for index in indexes for area in index.description.areas))
+    levels = [set(index.description.complete) for index in indexes]
+    same = all(index.description.areas == first.areas for index in indexes)
+    complete = set.union(*levels) if same else set.intersection(*levels)
+    with building(folder):
+        for zoom in sorted(set.union(*(set(index.segments) for index in indexes))):
+            segments = [segment for index in indexes for segment in index.segments.get(zoom, ())]
+            target = level_file(folder, zoom) if zoom in complete else new_part(folder, zoom)
+            merge_segments(target, segments)
+        replace(first, areas=areas, complete=tuple(sorted(complete))).write(folder)
+    return TileIndex(folder)
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Make the folder and hold its lock; raises TileIndexError when another process does, or it cannot be."""
+    import fcntl
+
+    try:
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise TileIndexError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TileIndexError(
+                f"{folder}: another process builds this index; wait for it, or give another folder"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def new_part(folder: Path, zoom: int) -> Path:
+    """Return a name for one more part of a level."""
+    return folder / PARTS / f"z{zoom:02d}-{secrets.token_hex(8)}.rows"
+
+
+def _begun(folder: Path, wanted: Description) -> Description:
+    """Return the description of the index that lies in a folder, or begin it."""
+    if not (folder / MANIFEST).exists():
+        if list(index_files(folder)):
+            raise TileIndexError(
+                f"{folder}: the folder has rows of an index without its {MANIFEST}: delete it"
+            )
+        wanted.write(folder)
+        return wanted
+    there = Description.read(folder)
+    for name in ("encoder", "source", "variant", "backend"):
+        if getattr(there.maker, name) != getattr(wanted.maker, name):
+            what = {"encoder": "another encoder", "source": "other tiles"}.get(name, f"another {name}")
+            raise TileIndexError(f"{folder} holds an index of {what}: give a new folder with --out")
+    if there.areas != wanted.areas:
+        raise TileIndexError(
+            f"{folder} holds an index of {', '.join(map(str, there.areas))}, "
+            f"not of {wanted.areas[0]}: give a new folder with --out"
+        )
+    return there
+
+
+def _tiles(zoom: int, area: Region | None, land: bool) -> NDArray[np.int64]:
+    if not land:
+        return all_xy(zoom) if area is None else area.tiles(zoom)
+    from geoengine.engine.regions.countries import Land
+
+    return Land().tiles(zoom) if area is None else Overlap(area, Land()).tiles(zoom)
+
+
+def _build_level(
+    folder: Path,
+    source: TileSource,
+    backend: Backend,
+    zoom: int,
+    ids: Ids,
+    width: int,
+    progress: BuildProgress,
+) -> None:
+    """Embed the tiles of a level that no part has yet, and join the parts."""
+    segments = [Segment.open(file) for z, file in index_files(folder) if z == zoom]
+    known = np.zeros(len(ids), dtype=bool)
+    for segment in segments:
+        known |= (find(segment.ids, ids) >= 0) | (find(segment.missing, ids) >= 0)
+    rest = ids[~known]
+    before = len(ids) - len(rest)
+    progress(zoom, before, len(ids))
+    for start in range(0, len(rest), TILES_PER_PART):
+        part, done = rest[start : start + TILES_PER_PART], before + start
+        embeddings = HostEmbeddings(backend, encoder_name(zoom), width)
+        arrived = hand_on(
+            source,
+            zoom,
+            tiles_of_ids(part),
+            embeddings.append,
+            batch=backend.batch,
+            progress=partial(_add, progress, zoom, done, len(ids)),
+        )
+        there = arrived.rows >= 0
+        file = new_part(folder, zoom)
+        rows = embeddings.joined()[arrived.rows[there]]
+        write_segment(file, zoom, part[there], part[~there], width, [rows])
+        segments.append(Segment.open(file))
+        progress(zoom, done + len(part), len(ids))
+    if not segments:
+        write_segment(level_file(folder, zoom), zoom, ids, ids, width, [])
+    else:
+        merge_segments(level_file(folder, zoom), segments)
+
+
+def _add(progress: BuildProgress, zoom: int, before: int, total: int, count: int) -> None:
+    progress(zoom, before + count, total)
+
+
+def _drop_parts(folder: Path, zoom: int) -> None:
+    for z, file in index_files(folder):
+        if z == zoom and file.parent.name == PARTS:
+            file.unlink()
