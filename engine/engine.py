@@ -146,7 +146,7 @@ class GeoEngine:
         if isinstance(photos, str | bytes | os.PathLike | np.ndarray | Photo):
             raise TypeError(f"locate takes a list of photos, got one {type(photos).__name__}")
         self._check_levels(config.levels)
-        self._check_region(config.within)
+        self.check_region(config.within)
         start = time.perf_counter()
         read = [self.prepare(photo) for photo in photos]
         embeddings = self.embed_photos(read)
@@ -180,9 +180,12 @@ class GeoEngine:
                 f"engine bundle {self.bundle.path} has levels {known}"
             )
 
-    def _check_region(self, within: Region | None) -> None:
-        if within is not None and within.of_earth and self.bundle.world != "earth":
-            raise RegionError(f"{within.name} is on Earth, and the {self.bundle.world} is not: give a box")
+    def check_region(self, within: Region | None, *, land: bool = False) -> None:
+        """Raise RegionError for a place on Earth, or Earth's `land`, when the tiles show another world."""
+        of_earth = land or (within is not None and within.of_earth)
+        if of_earth and self.bundle.world != "earth":
+            name = "land" if land or within is None else within.name
+            raise RegionError(f"{name} is on Earth, and the {self.bundle.world} is not: give a box")
 
     def _levels(self, config: SearchConfig) -> list[int]:
         return levels_of(self.source, config.levels, overzoom=config.overzoom)

@@ -57,7 +57,8 @@ def engine(monkeypatch):
     """A stand-in engine; `engine.opened` is what it was opened with."""
     made = MadeEngine()
 
-    def open_made(bundle, tiles, *, backend, precision, threads):
+    def open_made(bundle, tiles, *, backend, precision, threads, index, row_cache):
+        made.kept = (index, row_cache)
         made.opened = (str(bundle), tiles, backend, precision, threads)
         return made
 
@@ -113,6 +114,7 @@ def test_options_reach_the_engine(engine, photo):
     [(_, config)] = engine.calls
     assert (config.k, config.levels, config.top) == (7, (4, 6, 8), 2)
     assert engine.opened[2:] == ("onnxruntime-cpu", "fp32", 1)
+    assert engine.kept == (None, None), "the demo keeps nothing"
     assert len(json.loads(result.stdout)["candidates"]) == 2
 
 
@@ -195,6 +197,8 @@ def test_version_and_help():
         (["--levels", "8-4"], "a range goes up in steps of two"),
         (["--levels", "6,4"], "levels must increase strictly, got 6, 4"),
         (["--levels", "31"], "zoom 31 does not exist"),
+        (["--deadline", "0"], "the deadline must be more than 0 seconds, got 0"),
+        (["--within", "5,4,3"], "'5,4,3' is no region"),
         (["--levels", "4-999999998"], "zoom 999999998 does not exist"),
         (["--json", "--geojson"], "--json and --geojson exclude each other"),
         (["--bundle", "engines"], "--demo means --bundle planet --tiles planet already"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -33,6 +34,18 @@ _JOINED_PARTS = 32
 _LARGE = 32 << 20  # bytes; larger files are left as they are
 
 _log = logging.getLogger(__name__)
+
+
+def row_cache_folder() -> Path | None:
+    """Return where rows of searches are kept, or None when the environment variable GEOENGINE_CACHE is "off".
+
+    That is `rows` in the folder GEOENGINE_CACHE or, by default, in the user's folder for caches.
+    """
+    chosen = os.environ.get("GEOENGINE_CACHE", "").strip()
+    if chosen.lower() == "off":
+        return None
+    base = os.environ.get("XDG_CACHE_HOME", "").strip() or Path.home() / ".cache"
+    return (Path(chosen).expanduser() if chosen else Path(base) / "geoengine") / "rows"
 
 
 class RowCache:

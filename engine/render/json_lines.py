@@ -88,7 +88,11 @@ def _level(level: Level) -> dict[str, Any]:
         "zoom": level.zoom,
         "candidates": level.candidates,
         "missing": level.missing,
+        "late": level.late,
         "coverage": round(level.coverage, 6),
+        "known": level.known,
+        "enlarged": level.enlarged,
+        "exhaustive": level.exhaustive,
         "beam": [_scored_tile(scored) for scored in level.beam],
     }
 

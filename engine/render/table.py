@@ -108,6 +108,8 @@ def _location_parts(location: Location) -> Iterator[RenderableType]:
         "path: " + "  ".join(f"z{step.tile.z} {step.score:.3f}" for step in location.candidates[0].path)
     )
     yield Text(_search_line(location))
+    for remark in _remarks(location):
+        yield Text(remark)
     if location.exif is not None:
         yield Text(_exif_line(location))
     yield Text("")
@@ -124,6 +126,21 @@ def _search_line(location: Location) -> str:
         f"search{within}: k={location.k}, {scored} tiles of {printable(location.tiles)}{lacking}{without}, "
         f"{printable(location.model)}, {location.seconds:.1f} s"
     )
+
+
+def _remarks(location: Location) -> Iterator[str]:
+    """Yield what a reader must know of how the levels were searched."""
+    whole = ", ".join(str(level.zoom) for level in location.levels if level.exhaustive)
+    if whole:
+        yield f"all tiles of zoom {whole} were scored from the index"
+    late = ", ".join(f"{level.late} of zoom {level.zoom}" for level in location.levels if level.late)
+    if late:
+        yield f"tiles that came too late and were not scored: {late}"
+    enlarged = ", ".join(
+        f"{level.enlarged} of zoom {level.zoom}" for level in location.levels if level.enlarged
+    )
+    if enlarged:
+        yield f"tiles enlarged from coarser ones: {enlarged}"
 
 
 def _exif_line(location: Location) -> str:

@@ -81,6 +81,17 @@ def locate(
             help="Map tiles: a URL template with {z} {x} {y}, an .mbtiles or .pmtiles file, a folder, planet."
         ),
     ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="Tile index: levels in it are scored whole. See geoengine index.", metavar="DIR"),
+    ] = None,
+    overzoom: Annotated[
+        bool, typer.Option("--overzoom", help="Enlarge coarser tiles where the source has none.")
+    ] = False,
+    deadline: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which a level is scored with the tiles that have arrived."),
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(help="tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu; auto: the first to run."),
@@ -103,12 +114,14 @@ def locate(
     """Find where photos may have been taken: a hypothesis, not a proof.
 
     Results go to stdout, everything else to stderr. GPS tags are not used for the answer, and photos are
-    never written or logged. With a tile server, the server learns which places are searched.
+    never written or logged. With a tile server, the server learns which places are searched. What was
+    computed from tiles is kept for later searches, unless the environment variable GEOENGINE_CACHE is off.
 
     Exit status: 0 all photos were located; 1 some were not; 2 none was, or the command line was wrong.
     """
     output = _output(as_json, as_geojson)
-    order = Order.parse(demo, bundle, tiles, k, levels, top, within, max_megapixels)
+    config = _config(k, levels, top, within, deadline, overzoom)
+    order = Order.parse(demo, bundle, tiles, index, config, levels is None, max_megapixels)
     if map_file is not None:
         _check_writable(map_file)
     session = Session(order, compare_exif)
@@ -130,6 +143,7 @@ class Order:
 
     bundle: str | None
     tiles: str | None
+    index: Path | None
     config: SearchConfig
     all_levels: bool
     limits: PhotoLimits
@@ -140,17 +154,13 @@ class Order:
         demo: bool,
         bundle: str | None,
         tiles: str | None,
-        k: int,
-        levels: str | None,
-        top: int,
-        within: str | None,
+        index: Path | None,
+        config: SearchConfig,
+        all_levels: bool,
         max_megapixels: float,
     ) -> Order:
         """Check the options against each other; raises GeoEngineError."""
         from geoengine.engine.photos import PhotoLimits
-        from geoengine.engine.regions import parse_region
-        from geoengine.engine.search import SearchConfig
-        from geoengine.engine.tiles import LEVELS
 
         if demo and (bundle is not None or tiles is not None):
             raise GeoEngineError(
@@ -161,13 +171,9 @@ class Order:
         return cls(
             bundle="planet" if demo else bundle,
             tiles="planet" if demo else tiles,
-            config=SearchConfig(
-                k=k,
-                levels=LEVELS if levels is None else parse_levels(levels),
-                top=top,
-                within=None if within is None else parse_region(within),
-            ),
-            all_levels=levels is None,
+            index=index,
+            config=config,
+            all_levels=all_levels,
             limits=PhotoLimits(max_pixels=max(1, round(max_megapixels * 1e6))),
         )
 
@@ -207,12 +213,20 @@ class Session:
         with waiting("loading the encoders"):
             from geoengine.engine.bundle import EngineBundle, resolve_bundle
             from geoengine.engine.engine import GeoEngine
+            from geoengine.engine.index.known_rows import row_cache_folder
 
             bundle = resolve_bundle(self.order.bundle)
-            if self.order.tiles is None and EngineBundle.open(bundle, verify=False).world != "planet":
+            of_planet = EngineBundle.open(bundle, verify=False).world == "planet"
+            if self.order.tiles is None and not of_planet:
                 raise SourceError(_TILES_EXAMPLE)
             return GeoEngine.open(
-                bundle, self.order.tiles, backend=backend, precision=precision, threads=threads
+                bundle,
+                self.order.tiles,
+                backend=backend,
+                precision=precision,
+                threads=threads,
+                index=self.order.index,
+                row_cache=None if of_planet else row_cache_folder(),
             )
 
     def locate(self, engine: GeoEngine, paths: Iterable[Path]) -> Iterator[list[Location]]:
@@ -260,6 +274,23 @@ class Session:
     def _fail(self, error: GeoEngineError) -> None:
         complain(str(error))
         self.failed += 1
+
+
+def _config(
+    k: int, levels: str | None, top: int, within: str | None, deadline: float | None, overzoom: bool
+) -> SearchConfig:
+    from geoengine.engine.regions import parse_region
+    from geoengine.engine.search import SearchConfig
+    from geoengine.engine.tiles import LEVELS
+
+    return SearchConfig(
+        k=k,
+        levels=LEVELS if levels is None else parse_levels(levels),
+        top=top,
+        within=None if within is None else parse_region(within),
+        deadline_s=deadline,
+        overzoom=overzoom,
+    )
 
 
 def _output(as_json: bool, as_geojson: bool) -> Output:
