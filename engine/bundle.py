@@ -4,7 +4,7 @@
 manifest.json                       what `Manifest` holds, as JSON, with the checksum of each graph
 onnx/trunk.<side>.<variant>.onnx    uint8[n, side, side, 3] -> tokens; the layers that all encoders share
 onnx/head_<encoder>.<variant>.onnx  tokens -> unit embedding; `<encoder>` is "photo", "z04", "z06" ...
-onnx/*.<variant>.weights            weights of several graphs
+onnx/*.weights                      weights that graphs share
 tensorrt/<machine>/                 what TensorRT compiled from the graphs on some machine
 ```
 """

@@ -116,8 +116,8 @@ def _replace(graph: ir.Graph, site: Site, step: np.float32, product: Product) ->
     value = _insert(graph, node, "DequantizeLinear", [value, scale, zero], f"{name}.input")
     weight = [
         _initializer(graph, f"{name}.int8", product.weight),
-        _initializer(graph, f"{name}.scale", product.step),
-        _initializer(graph, f"{name}.zero", np.zeros(product.step.shape, np.int8)),
+        _initializer(graph, f"{name}.int8_scale", product.step),
+        _initializer(graph, f"{name}.int8_zero", np.zeros(product.step.shape, np.int8)),
     ]
     node.replace_input_with(0, value)
     node.replace_input_with(

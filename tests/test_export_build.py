@@ -14,7 +14,7 @@ import torch
 
 from geoengine.engine.backends import open_backend
 from geoengine.engine.bundle import EngineBundle
-from geoengine.engine.errors import BundleError, ExportError, MissingExtraError
+from geoengine.engine.errors import BackendError, BundleError, ExportError, MissingExtraError
 from geoengine.engine.manifest import Variant
 from geoengine.export import build, encoders, onnx_graphs, parity, reference
 from geoengine.export.build import BuildConfig, build_engines
@@ -346,3 +346,36 @@ def test_importing_the_configuration_loads_no_torch():
     code = "import sys, geoengine.export.build; print({'torch', 'onnx', 'open_clip'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_a_bundle_of_all_precisions_is_run_by_every_backend_of_this_machine(built, tmp_path):
+    config = BuildConfig(
+        encoder_folder=built[0] / "set", precisions=("int8", "fp16"), levels=(6,), out=tmp_path / "b"
+    )
+    report = build_engines(config)
+    bundle = EngineBundle.open(tmp_path / "b")
+    assert bundle.variants == (Variant.fp16, Variant.fp16_attention, Variant.int8)
+    assert not list((tmp_path / "b").rglob("*.fp32.onnx")), "what int8 was made from is not part of it"
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"manifest.json", "reference.npz", "onnx"}
+    ran = {(row.backend, row.variant) for row in report.rows}
+    assert ran == {
+        ("openvino", "int8"),
+        *(("onnxruntime-cpu", variant) for variant in ("fp16", "fp16-attention", "int8")),
+    }
+    assert min(row.min_cosine for row in report.rows) >= 0.995
+    assert {"tensorrt", "onnxruntime-cuda"} == {name for name, _ in report.skipped}
+    with_backend = open_backend(bundle)
+    assert (with_backend.name, with_backend.variant) == ("openvino", "int8")
+    with_backend.close()
+    steps = []
+    verify_bundle(tmp_path / "b", lambda done, total, doing: steps.append(doing))
+    assert "check encoder z06 at 16 px on openvino, int8" in steps
+
+
+def test_a_backend_that_cannot_run_here_is_refused_when_it_was_asked_for(built, reuse, tmp_path):
+    config = BuildConfig(
+        encoder_folder=built[0] / "set", precisions=("fp32",), backend="openvino", out=tmp_path / "b"
+    )
+    with pytest.raises(BackendError, match="backend openvino does not compute in fp32, only in int8"):
+        build_engines(config)
+    assert list(tmp_path.iterdir()) == []
