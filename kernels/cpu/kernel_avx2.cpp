@@ -40,12 +40,12 @@ struct V {
 
 V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)}; }
 
-__m128 four_lanes(V v) {
+__attribute__((always_inline)) inline __m128 four_lanes(V v) {
   const __m256 eight = _mm256_add_ps(v.low, v.high);
   return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 
-void sum_four(const V* v, float* out) {
+__attribute__((always_inline)) inline void sum_four(const V* v, float* out) {
   __m128 a = four_lanes(v[0]);
   __m128 b = four_lanes(v[1]);
   __m128 c = four_lanes(v[2]);

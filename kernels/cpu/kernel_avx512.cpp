@@ -40,13 +40,13 @@ struct V {
 
 V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
 
-__m128 four_lanes(V v) {
+__attribute__((always_inline)) inline __m128 four_lanes(V v) {
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v.lanes), 1));
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v.lanes), high);
   return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 
-void sum_four(const V* v, float* out) {
+__attribute__((always_inline)) inline void sum_four(const V* v, float* out) {
   __m128 a = four_lanes(v[0]);
   __m128 b = four_lanes(v[1]);
   __m128 c = four_lanes(v[2]);

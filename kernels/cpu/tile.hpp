@@ -16,7 +16,7 @@ namespace {
 
 // Sums go to places that lie `stride` floats apart.
 template <class V, int Count>
-void sum_all(const V* sums, float* out, std::int64_t stride) {
+__attribute__((always_inline)) inline void sum_all(const V* sums, float* out, std::int64_t stride) {
   for (int i = 0; i < Count; i += 4) {
     V four[4];
     float totals[4];
