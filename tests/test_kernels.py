@@ -1,10 +1,5 @@
 """The compiled cosine top-k against its NumPy reference by value and k-th score, and its promises by bits."""
 
-import subprocess
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -344,62 +339,3 @@ def test_the_extension_takes_nothing_that_would_not_be_memory_safe(changes):
 def test_the_extension_knows_no_other_kernels():
     with pytest.raises(ValueError, match='this processor has no kernel "abacus"'):
         _topk_cpu.cosine_topk(**good(kernel="abacus"))
-
-
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_works_when_the_system_refuses_more_threads():
-    code = """
-import resource
-import numpy as np
-from geoengine.kernels import cosine_topk
-rows = np.random.default_rng(0).standard_normal((5000, 16)).astype(np.float32)
-alone = cosine_topk(rows, rows[:3], 7, threads=1)
-with open("/proc/self/statm") as statm:
-    used = int(statm.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20, resource.RLIM_INFINITY))
-crowd = cosine_topk(rows, rows[:3], 7, threads=200)
-print(all(np.array_equal(a, b) for a, b in zip(alone, crowd)))
-"""
-    assert run_python(code) == "True\n"
-
-
-def test_other_python_threads_run_meanwhile():
-    # A third of a second of work in the slowest kernel; with the GIL held the loop below would not turn.
-    rows = np.random.default_rng(0).standard_normal((150_000, 64)).astype(np.float32)
-    slowest = {"threads": 1, "kernel": "portable"}
-    thread = threading.Thread(target=_topk_cpu.cosine_topk, args=(rows, rows[:2], 5), kwargs=slowest)
-    thread.start()
-    turns = 0
-    while thread.is_alive():
-        thread.join(0.001)
-        turns += 1
-    assert turns > 5
-
-
-def test_calls_from_several_python_threads_do_not_disturb_each_other():
-    rng = np.random.default_rng(6)
-    embeddings, queries = random_rows(rng, 3000, 48), random_rows(rng, 8, 48)
-    expected = cosine_topk(embeddings, queries, 30)
-    with ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(cosine_topk, embeddings, queries, 30, threads=2) for _ in range(16)]
-    for call in calls:
-        assert_same(call.result(), expected)
-
-
-def test_a_missing_extension_is_one_sentence():
-    code = """
-import sys
-sys.modules["geoengine.kernels._topk_cpu"] = None
-try:
-    import geoengine.kernels
-except ImportError as error:
-    print(error)
-"""
-    assert "building it is part of installing, so run `pip install .` in the source folder (" in run_python(
-        code
-    )
