@@ -1,0 +1,274 @@
+"""What a tile index costs and saves: opening, scoring whole levels, and searches cold and warm.
+
+    python -m geoengine.bench.tile_index scoring [--folder DIR]
+    python -m geoengine.bench.tile_index search --bundle DIR [--k 16]
+
+`scoring` writes random rows, opens them in a process of its own, and scores one photo against all of them.
+`search` locates one photo over a local MBTiles file, whose pictures stand for all tiles of the world: with
+nothing known, and with an index of the first levels and the rows of the first search. Beside it stands the
+time that the encoder alone needs for the distinct pictures of the first search, already decoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.engine import GeoEngine
+from geoengine.engine.index.segments import write_segment
+from geoengine.engine.index.tile_index import Area, Description, Maker, TileIndex, level_file
+from geoengine.engine.manifest import encoder_name
+from geoengine.engine.search import SearchConfig
+from geoengine.engine.sources import TileBatch
+from geoengine.engine.sources.mbtiles import MBTilesSource
+from geoengine.engine.tiles import all_xy
+from geoengine.kernels import cosine_topk
+
+WIDTH = 512
+LEVELS_OF_ROWS = {"zoom 8": (8, 65_536), "land, zooms 4 to 10": (10, 240_000), "a million": (10, 1_000_000)}
+"""Names, zooms and numbers of rows that are scored."""
+
+ROUNDS = 15
+K = 16
+POOL_ZOOM = 6  # of the file whose 4096 pictures stand for all tiles
+INDEXED = (4, 6, 8)
+
+
+def write_rows(folder: Path) -> None:
+    """Write one index per entry of `LEVELS_OF_ROWS`, with random rows."""
+    rng = np.random.default_rng(0)
+    block = rng.normal(size=(65_536, WIDTH)).astype(np.float32)
+    block = (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float16)
+    names = ("encoder", "source", "model", "backend", "variant", "tiles", "attribution", "world")
+    maker = Maker(width=WIDTH, **dict.fromkeys(names, "random"))
+    for name, (zoom, count) in LEVELS_OF_ROWS.items():
+        target = folder / name
+        target.mkdir(parents=True)
+        ids = np.arange(count, dtype=np.uint64)
+        rows = (block[: min(len(block), count - start)] for start in range(0, count, len(block)))
+        write_segment(level_file(target, zoom), zoom, ids, ids[:0], WIDTH, rows)
+        Description(maker=maker, areas=(Area(),), complete=(zoom,)).write(target)
+
+
+def measure_scoring(folder: Path, name: str) -> dict[str, Any]:
+    """Open one of the indexes and score a photo; call it in a fresh process."""
+    zoom, count = LEVELS_OF_ROWS[name]
+    before_kib = resident_kib()
+    start = time.perf_counter()
+    table = TileIndex(folder / name).table(zoom, None)
+    opening_s = time.perf_counter() - start
+    opened_kib = resident_kib() - before_kib
+    assert table is not None and len(table.ids) == count
+    query = np.random.default_rng(1).normal(size=(1, WIDTH)).astype(np.float32)
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        cosine_topk(table.matrix, query, K)
+        times.append(time.perf_counter() - start)
+    return {
+        "rows": count,
+        "opening_ms": 1e3 * opening_s,
+        "opening_resident_mib": opened_kib / 1024,
+        "first_scoring_ms": 1e3 * times[0],
+        "scoring_ms": 1e3 * statistics.median(times[1:]),
+        "best_scoring_ms": 1e3 * min(times),
+        "gigabytes_per_second": 2 * WIDTH * count / min(times) / 1e9,
+    }
+
+
+def resident_kib() -> int:
+    """Return the memory of this process that is resident, in KiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 1024
+
+
+class PooledTiles:
+    """Every tile of the world: one of the 4096 pictures of an MBTiles file, chosen by its address."""
+
+    attribution, storable = "", True
+    min_zoom, max_zoom = 0, 18
+
+    def __init__(self, file: Path, world: str) -> None:
+        self.world = world
+        self._pool = MBTilesSource(file)
+        self.name, self.identity = self._pool.name, self._pool.identity
+        self.tile_size, self.bounds = self._pool.tile_size, self._pool.bounds
+
+    def read(self, z: int, xy: NDArray[np.int64]) -> Iterator[TileBatch]:
+        """Yield the pictures of the tiles."""
+        mixed = (xy[:, 0] * 73_856_093 ^ xy[:, 1] * 19_349_663 ^ z * 83_492_791) & 0xFFFFFFF
+        picture = mixed % (1 << (2 * POOL_ZOOM))
+        yield from self._pool.read(
+            POOL_ZOOM, np.stack([picture >> POOL_ZOOM, picture & ((1 << POOL_ZOOM) - 1)], axis=1)
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._pool.close()
+
+
+def write_pool(file: Path) -> None:
+    """Write an MBTiles file with 4096 different JPEG pictures of 256 pixels."""
+    import sqlite3
+
+    import cv2
+
+    rng = np.random.default_rng(0)
+    n = 1 << POOL_ZOOM
+    with sqlite3.connect(file) as database:
+        database.execute("CREATE TABLE metadata (name TEXT, value TEXT)")
+        database.execute(
+            "CREATE TABLE tiles (zoom_level INT, tile_column INT, tile_row INT, tile_data BLOB, "
+            "PRIMARY KEY (zoom_level, tile_column, tile_row))"
+        )
+        for x, y in all_xy(POOL_ZOOM).tolist():
+            coarse = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            picture = cv2.resize(coarse, (256, 256), interpolation=cv2.INTER_CUBIC)
+            data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+            row = (POOL_ZOOM, x, n - 1 - y, data)
+            database.execute("INSERT INTO tiles VALUES (?, ?, ?, ?)", row)
+    database.close()
+
+
+def measure_search(opened: EngineBundle, k: int, threads: int | None, folder: Path) -> dict[str, Any]:
+    """Locate a photo with nothing known, time the encoder alone, and locate it again with all known."""
+    file = folder / "pool.mbtiles"
+    write_pool(file)
+    photo = np.random.default_rng(3).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    config = SearchConfig(k=k)
+    rows = folder / "rows"
+    with GeoEngine.open(
+        opened.path, PooledTiles(file, opened.world), threads=threads, row_cache=rows
+    ) as engine:
+        engine.embed_photos([engine.prepare(photo)])
+        for zoom in engine.bundle.levels:  # graphs are loaded when they are first needed
+            engine.backend.encode(encoder_name(zoom), np.zeros((2, 256, 256, 3), np.uint8))
+        alone_s = [encode_alone(engine, 256)]
+        start = time.perf_counter()
+        [cold] = engine.locate([photo], config=config)
+        cold_s = time.perf_counter() - start
+        alone_s.append(encode_alone(engine, 256))
+        embedded = sum(level.candidates - level.known for level in cold.levels)
+        start = time.perf_counter()
+        [again] = engine.locate([photo], config=config)
+        seen_s = time.perf_counter() - start
+        name = f"{engine.backend.name}, {engine.backend.variant}"
+    indexed = measure_indexed(opened, config, threads, file, photo, folder)
+    per_tile_s = statistics.mean(alone_s) / 256
+    return {
+        "backend": name,
+        "k": k,
+        "embedded": embedded,
+        "cold_s": cold_s,
+        "encoder_alone_s": per_tile_s * embedded,
+        "cold_over_encoder_alone": cold_s / (per_tile_s * embedded),
+        "seen_before_ms": 1e3 * seen_s,
+        "cold_over_seen_before": cold_s / seen_s,
+        "same_answer": again.point == cold.point,
+    } | indexed
+
+
+def encode_alone(engine: GeoEngine, count: int) -> float:
+    """Return the seconds in which the encoder embeds decoded pictures, in batches that suit it."""
+    source = engine.source
+    xy = np.random.default_rng(7).integers(0, 1 << 12, (count, 2))
+    pictures = np.concatenate([batch.pixels for batch in source.read(12, xy)])[:count]
+    batch = engine.backend.batch
+    start = time.perf_counter()
+    for first in range(0, len(pictures), batch):
+        engine.backend.encode(encoder_name(12), pictures[first : first + batch])
+    return (time.perf_counter() - start) * count / len(pictures)
+
+
+def measure_indexed(
+    opened: EngineBundle,
+    config: SearchConfig,
+    threads: int | None,
+    file: Path,
+    photo: NDArray[np.uint8],
+    folder: Path,
+) -> dict[str, Any]:
+    """Locate a photo with zooms 4 to 8 in an index and the deeper rows seen before.
+
+    The index has random rows: its scoring takes the same time, and embedding 70 000 tiles takes an hour.
+    """
+    target = folder / "index"
+    target.mkdir()
+    rng = np.random.default_rng(0)
+    tiles = partial(PooledTiles, file, opened.world)
+    with GeoEngine.open(opened.path, tiles(), threads=threads) as engine:
+        maker = Maker.of(opened, engine.source, engine.backend)
+    for zoom in INDEXED:
+        ids = np.arange(4**zoom, dtype=np.uint64)
+        values = rng.normal(size=(len(ids), opened.embed_dim)).astype(np.float32)
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        write_segment(level_file(target, zoom), zoom, ids, ids[:0], opened.embed_dim, [values])
+    Description(maker=maker, areas=(Area(),), complete=INDEXED).write(target)
+    times = []
+    with GeoEngine.open(
+        opened.path, tiles(), threads=threads, index=target, row_cache=folder / "rows"
+    ) as engine:
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            [location] = engine.locate([photo], config=config)
+            times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        engine.embed_photos([engine.prepare(photo)])
+        photo_s = time.perf_counter() - start
+    return {
+        "warm_ms": 1e3 * statistics.median(times[1:]),
+        "best_warm_ms": 1e3 * min(times),
+        "of_which_photo_ms": 1e3 * photo_s,
+        "warm_known": sum(level.known for level in location.levels),
+        "warm_candidates": sum(level.candidates for level in location.levels),
+    }
+
+
+def main() -> None:
+    """Print figures as JSON lines."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("scoring", "search", "score-one"))
+    parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="where files are written; a temporary folder by default")
+    parser.add_argument("--bundle", default="planet", help="engine bundle for the search")
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.what == "score-one":
+        print(json.dumps(measure_scoring(arguments.folder, arguments.name)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        if arguments.what == "search":
+            figures = measure_search(
+                EngineBundle.open(arguments.bundle), arguments.k, arguments.threads, Path(folder)
+            )
+            print(json.dumps(figures))
+            return
+        write_rows(Path(folder))
+        for name in LEVELS_OF_ROWS:
+            command = [sys.executable, "-P", "-m", "geoengine.bench.tile_index", "score-one", name]
+            done = subprocess.run(
+                [*command, "--folder", folder], check=True, capture_output=True, text=True, env=os.environ
+            )
+            print(json.dumps({"name": name, **json.loads(done.stdout)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
