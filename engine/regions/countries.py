@@ -70,17 +70,23 @@ def _land(z: int) -> IntArray:
     if z > _LAND_ZOOM:
         raise RegionError(f"land tiles are known for zooms 0 to {_LAND_ZOOM}, got {z}")
     n = tile_count(z)
-    steps = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)])  # (9, 2)
-    around = (np.unique(_bare_land() >> (_LAND_ZOOM - z), axis=0)[:, None, :] + steps).reshape(-1, 2)
-    around = around[(around[:, 1] >= 0) & (around[:, 1] < n)]
-    around[:, 0] %= n
-    return np.unique(pack(around))
+    land = _bare_land().reshape(n, tile_count(_LAND_ZOOM) // n, n, -1).any(axis=(1, 3))  # (columns, rows)
+    land = land | np.roll(land, 1, axis=0) | np.roll(land, -1, axis=0)
+    margin = land.copy()
+    margin[:, 1:] |= land[:, :-1]
+    margin[:, :-1] |= land[:, 1:]
+    return pack(np.argwhere(margin))
 
 
 @lru_cache(maxsize=1)
-def _bare_land() -> XyArray:
+def _bare_land() -> npt.NDArray[np.bool_]:
+    """Return which tiles of the deepest zoom are land, bool[columns, rows]."""
     numbers = np.flatnonzero(_borders().countries[:, 0] != _ANTARCTICA)
-    return Polygons("", np.concatenate(list(_country_edges(numbers))), of_earth=True).tiles(_LAND_ZOOM)
+    xy = Polygons("", np.concatenate(list(_country_edges(numbers))), of_earth=True).tiles(_LAND_ZOOM)
+    n = tile_count(_LAND_ZOOM)
+    land = np.zeros((n, n), dtype=bool)
+    land[tuple(xy.T)] = True
+    return land
 
 
 def _country_edges(numbers: IntArray) -> Iterator[Edges]:

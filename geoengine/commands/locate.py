@@ -267,7 +267,7 @@ class Session:
                 photos,
                 config=config,
                 progress=lambda index, zoom, done, total: show(
-                    f"level {index + 1} of {len(config.levels)}, zoom {zoom}", done, total
+                    f"level {index + 1}, zoom {zoom}", done, total
                 ),
             )
 

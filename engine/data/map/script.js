@@ -39,11 +39,17 @@ function copies(x0, x1) {
 const px = (x) => (x - view.x) * view.scale + size()[0] / 2;
 const py = (y) => (y - view.y) * view.scale + size()[1] / 2;
 
+// The tile of a level that the chosen candidate lies in, whether that level has scored it or not.
+function stage(i) {
+  const z = photo.levels[i].zoom, side = 2 ** (chosen.z - z);
+  return { z, x: Math.floor(chosen.x / side), y: Math.floor(chosen.y / side) };
+}
+
 // --- the view of a step: the world first, then the tile kept before, with a margin of a quarter of it ---
 function target(i) {
   const [w, h] = size(), room = Math.min(w, h);
   if (i === 0) return { x: 0.5, y: 0.5, scale: room };
-  const tile = chosen.path[i], z = Math.max(photo.levels[i - 1].zoom, tile.z - 2), n = 2 ** z;
+  const tile = stage(i), z = Math.max(photo.levels[i - 1].zoom, tile.z - 2), n = 2 ** z;
   const shrink = 2 ** (tile.z - z);
   const x = (Math.floor(tile.x / shrink) + 0.5) / n, y = (Math.floor(tile.y / shrink) + 0.5) / n;
   return { x, y, scale: (room * n) / 1.5 };
@@ -144,7 +150,7 @@ function drawBeam(parent) {
     for (const rect of tileRect(parent, tile, "tile", { "fill-opacity": (0.06 + 0.34 * strength).toFixed(3) }))
       node(rect, "title", {}, `tile ${key(tile)}, rank ${i + 1} of ${beam.length}, score ${tile.score.toFixed(3)}`);
   });
-  for (const name of ["path-halo", "path"]) tileRect(parent, chosen.path[step], name, {});
+  for (const name of ["path-halo", "path"]) tileRect(parent, stage(step), name, {});
 }
 
 // A circle on the sphere as [outline, rings to fill]. Around a pole its outline runs once round the world; around both it is everything but a cap.
@@ -216,10 +222,12 @@ function drawScale() {
 
 // --- the panel ---
 function showStatus() {
-  const level = photo.levels[step], best = level.beam.findIndex((t) => key(t) === key(chosen.path[step])) + 1;
+  const level = photo.levels[step], best = level.beam.findIndex((t) => key(t) === key(stage(step))) + 1;
   byId("status").textContent = `Level ${step + 1} of ${photo.levels.length}, zoom ${level.zoom}: ` +
-    `${level.candidates.toLocaleString("en")} tiles scored, ${level.beam.length} kept. ` +
-    `Candidate ${chosen.rank} lies in the tile ranked ${best}.`;
+    `${level.candidates.toLocaleString("en")} tiles scored${level.exhaustive ? " (all there are, from an index)" : ""}, ` +
+    `${level.beam.length} kept. ` + (level.late ? `${level.late} came too late. ` : "") +
+    (level.enlarged ? `${level.enlarged} were enlarged from coarser ones. ` : "") +
+    `Candidate ${chosen.rank} lies in ${best ? `the tile ranked ${best}` : "a tile that was not kept"}.`;
   [...byId("levels").children].forEach((row, i) => row.classList.toggle("now", i === step));
 }
 function goTo(i, animate = true) {
