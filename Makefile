@@ -42,7 +42,7 @@ sanitize: $(VENV)/test.stamp
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=$(RUNTIME)) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=tests \
 	  GEOENGINE_SANITIZED="$$(ls $(SANITIZED)/_topk_cpu*.so)" $(VENV)/bin/python -m pytest -s -p sanitizer \
-	  tests/test_kernels.py tests/test_kernels_[!c]*.py -k 'not system_refuses_more_threads'
+	  tests/test_kernels.py tests/test_kernels_[d-z]*.py -k 'not system_refuses_more_threads'
 
 clean:
 	rm -rf $(VENV) $(DIST) .mypy_cache .pytest_cache .ruff_cache
