@@ -1,8 +1,8 @@
 """Put the measured figures into the README, so that none is typed by hand: `make readme`.
 
-The figures are what `geoengine evaluate planet … --json` wrote to `bench/results/planet/`, one file a run.
-A block of the README between `<!-- name -->` and `<!-- /name -->` is replaced; a test checks that it is
-current.
+The figures are what `geoengine evaluate planet … --json` wrote to `bench/results/planet/`, one file a run,
+and what `python -m geoengine.bench.encoders_cpu` wrote to `bench/results/cpu/`. A block of the README between
+`<!-- name -->` and `<!-- /name -->` is replaced; a test checks that it is current.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
 README = _ROOT / "README.md"
-RESULTS = _ROOT / "bench" / "results" / "planet"
+RESULTS = _ROOT / "bench" / "results"
 
 
 def render(text: str, results: Path = RESULTS) -> str:
     """Return the README `text` with its blocks of figures filled from the files in `results`."""
-    beams = load_beams(results)
-    blocks = {"accuracy": accuracy_table(beams), "recall": recall_table(beams), "headline": headline(beams)}
+    beams = load_beams(results / "planet")
+    encoders = json.loads((results / "cpu" / "encoders.json").read_text(encoding="utf-8"))
+    blocks = {
+        "accuracy": accuracy_table(beams),
+        "recall": recall_table(beams),
+        "headline": headline(beams),
+        "cpu": cpu_table(encoders["rows"]),
+    }
     for name, block in blocks.items():
         first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
         if text.count(first) != 1 or text.count(last) != 1:
@@ -62,6 +68,30 @@ def headline(beams: Sequence[dict[str, Any]]) -> str:
     """Return the share within 1 km at k = 16."""
     [beam] = [beam for beam in beams if beam["k"] == 16]
     return percent(next(iter(beam["within_km"].values()))["share"])
+
+
+def cpu_table(encoders: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of the encoders on a CPU: speed, and agreement where channels are outliers."""
+    rows = []
+    for encoder in encoders:
+        kinds = [encoder[kind] for kind in ("random", "outliers")]
+        rows.append(
+            [
+                encoder["name"],
+                f"{encoder['ratio']:.1f}",
+                f"{min(kind['min_cosine'] for kind in kinds):.4f}",
+                percent(min(kind["mean_overlap"] for kind in kinds)),
+                f"{max(kind['batch_difference'] for kind in kinds):.0e}",
+            ]
+        )
+    header = [
+        "encoder",
+        "speed, PyTorch eager = 1",
+        "min cosine",
+        "same top 16 of 256",
+        "batch changes it by",
+    ]
+    return table(header, rows)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
