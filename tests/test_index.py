@@ -14,6 +14,7 @@ from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.index import building as building_module
 from geoengine.engine.index.building import build_index, merge_indexes
 from geoengine.engine.index.errors import TileIndexError
+from geoengine.engine.index.sampling import compare_sample
 from geoengine.engine.index.segments import tile_ids
 from geoengine.engine.index.tile_index import TileIndex
 from geoengine.engine.regions import parse_region
@@ -283,6 +284,16 @@ def test_a_folder_that_cannot_be_written(tmp_path, bundle):
     (tmp_path / "file").write_text("")
     with pytest.raises(TileIndexError, match="cannot be written"):
         build_index(tmp_path / "file" / "index", bundle, AddressTiles(), Encoder(), zooms=(4,))
+
+
+def test_an_index_is_compared_with_the_tiles_of_today(tmp_path, bundle):
+    index = build_index(tmp_path, bundle, AddressTiles(), Encoder(), zooms=(4, 6))
+    compared, least = compare_sample(index, AddressTiles(), Encoder(), 40)
+    assert compared == 80 and least > 0.999
+    with pytest.raises(TileIndexError, match=r"has no tile 4/\d+/\d+ any more"):
+        compare_sample(index, AddressTiles(missing=some_missing), Encoder(), 40)
+    with pytest.raises(TileIndexError, match=r"tile 4/\d+/\d+ has another embedding now"):
+        compare_sample(index, AddressTiles(ocean=some_missing), Encoder(), 40)
 
 
 # --- merging ----------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ def test_an_index_says_what_it_holds_and_is_sound(index):
         assert result.exit_code == 0 and "planet-vit/checkpoints, fp32 on" in result.stdout
         assert "area         all tiles\n" in result.stdout
     assert "256 embeddings are sound\n" in result.stdout
+    text = run("index", "verify", index, "--sample", 5, "--bundle", "planet").stdout
+    assert "5 tiles embedded again: cosine at least 1.0000" in text or "cosine at least 0.999" in text
 
 
 def test_a_photo_is_located_with_an_index(index, tmp_path):

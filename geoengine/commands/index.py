@@ -88,7 +88,14 @@ def info(folder: _Folder) -> None:
 
 
 @app.command()
-def verify(folder: _Folder) -> None:
+def verify(
+    folder: _Folder,
+    sample: Annotated[
+        int, typer.Option(help="Also embed so many tiles of each zoom again, and compare.")
+    ] = 0,
+    bundle: Annotated[str | None, typer.Option(help="For --sample: as for build.")] = None,
+    tiles: Annotated[str | None, typer.Option(help="For --sample: as for build.")] = None,
+) -> None:
     """Read the whole of an index and check that nothing in it is damaged."""
     from geoengine.engine.index.tile_index import TileIndex
 
@@ -98,7 +105,10 @@ def verify(folder: _Folder) -> None:
         for done, segment in enumerate(segments):
             show(f"checking {segment.path.name}", done, len(segments))
             segment.check()
-    write_result(_table(opened) + f"{sum(len(segment.ids) for segment in segments)} embeddings are sound\n")
+    text = f"{sum(len(segment.ids) for segment in segments):,} embeddings are sound\n"
+    if sample > 0:
+        text += _compare(opened, sample, bundle, tiles)
+    write_result(_table(opened) + text)
 
 
 @app.command()
@@ -112,6 +122,18 @@ def merge(
     with waiting("merging"):
         merged = merge_indexes(out, folders)
     write_result(_table(merged))
+
+
+def _compare(opened: TileIndex, count: int, bundle: str | None, tiles: str | None) -> str:
+    from geoengine.engine.engine import GeoEngine
+    from geoengine.engine.index.sampling import compare_sample
+
+    with waiting("loading the encoders"):
+        engine = GeoEngine.open(bundle, tiles)
+    with engine, waiting("embedding tiles again"):
+        opened.check_fits(engine.bundle, engine.source)
+        compared, least = compare_sample(opened, engine.source, engine.backend, count)
+    return f"{compared:,} tiles embedded again: cosine at least {least:.4f}\n"
 
 
 class _Rate:
