@@ -5,12 +5,15 @@ import io
 import json
 import threading
 import time
+from contextlib import closing
 
 import jsonschema
 import numpy as np
 import pytest
 from fakes import AddressTiles, HostEncoders, Oracle, addresses
 from made_results import made_location
+from made_tiles import tile_picture
+from tile_server import Server, send
 
 from geoengine.engine.errors import SourceError
 from geoengine.engine.pictures import hand_on
@@ -18,7 +21,11 @@ from geoengine.engine.render.json_lines import json_object, schema_text
 from geoengine.engine.render.table import table_text
 from geoengine.engine.search import SearchConfig, search
 from geoengine.engine.sources import TileBatch
-from geoengine.engine.tiles import all_xy
+from geoengine.engine.sources.cache import TileCache
+from geoengine.engine.sources.description import SourceDescription
+from geoengine.engine.sources.http import HttpSource
+from geoengine.engine.sources.mbtiles import IDENTITY_KEY
+from geoengine.engine.tiles import Tile, all_xy
 
 LATEST_S = 20  # only a test that fails waits for so long
 
@@ -242,3 +249,41 @@ def test_results_say_what_was_late_enlarged_and_scored_whole():
     assert "all tiles of zoom 4 were scored from the index" in text
     assert "tiles that came too late and were not scored: 7 of zoom 4" in text
     assert "tiles enlarged from coarser ones: 3 of zoom 4" in text
+
+
+def test_a_late_tile_of_a_server_is_still_kept(tmp_path):
+    """The search goes on without it; the next search has it."""
+    server, go_on = Server(), threading.Event()
+
+    def slowly(request):
+        assert go_on.wait(LATEST_S)
+        send(request, 200, {"Content-Type": "image/png"}, tile_picture(3, 7, 7, size=16))
+
+    server.always["3/7/7"] = slowly
+    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        cache = TileCache(tmp_path / "tiles.mbtiles", {"name": "test", IDENTITY_KEY: "test"})
+        description = SourceDescription(template=server.address + "/{z}/{x}/{y}.png", concurrency=4)
+        with closing(HttpSource(description, cache)) as source:
+            arrived = hand_on(
+                source,
+                3,
+                all_xy(3),
+                lambda pixels: None,
+                batch=32,
+                progress=lambda done: None,
+                until=time.monotonic() + 1,
+            )
+            assert arrived.late and arrived.rows[63] == -1 and arrived.rows.max() > 0
+            go_on.set()
+            end = time.monotonic() + LATEST_S
+            while not (kept := cache.get([Tile(3, 7, 7)])) and time.monotonic() < end:
+                time.sleep(0.02)
+            assert kept
+    finally:
+        go_on.set()
+        server.http.shutdown()
+        thread.join()
+        server.http.server_close()
+    assert server.tiles_asked()["/3/7/7.png"] == 1
