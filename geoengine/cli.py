@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from geoengine.commands import build_engines, doctor, evaluate, index, locate, train
+from geoengine.commands import build_engines, doctor, evaluate, index, locate, tiles, train
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(build_engines.build_engines)
 app.command()(doctor.doctor)
 app.add_typer(index.app, name="index")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(tiles.app, name="tiles")
 app.add_typer(train.app, name="train")
 
 

@@ -57,8 +57,12 @@ class Server:
         elif fault is not None:
             send(request, fault)
         else:
-            z, x, y = map(int, key.split("/"))
-            send(request, 200, {"Content-Type": "image/png"}, tile_picture(z, x, y, size=16))
+            self.send_tile(request)
+
+    @staticmethod
+    def send_tile(request):
+        z, x, y = map(int, urlsplit(request.path).path.split(".")[0].split("/")[-3:])
+        send(request, 200, {"Content-Type": "image/png"}, tile_picture(z, x, y, size=16))
 
     def tiles_asked(self):
         return Counter(urlsplit(request.path).path for request in self.requests)

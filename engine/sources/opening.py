@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -76,6 +77,7 @@ def open_server(description: SourceDescription, *, pack: Path | None = None) -> 
 
         return open_remote_pmtiles(description, template)
     if pack is not None:
+        description = dataclasses.replace(description, cache=CachePolicy.FOREVER)
         return HttpSource(
             description, cache_at(pack, description, template, limit_bytes=0), template=template
         )
