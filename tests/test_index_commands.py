@@ -8,6 +8,7 @@ from command_line import refused, run
 from PIL import Image
 
 from geoengine.commands.index import _duration, _Rate
+from geoengine.engine.index import building
 from geoengine.engine.index.known_rows import row_cache_folder
 from geoengine.engine.sources import planet
 
@@ -100,3 +101,13 @@ def test_where_rows_are_kept(monkeypatch, tmp_path):
     assert row_cache_folder() == tmp_path / "mine" / "rows"
     monkeypatch.setenv("GEOENGINE_CACHE", "off")
     assert row_cache_folder() is None
+
+
+def test_an_interrupted_build_says_how_it_goes_on(monkeypatch, tmp_path):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(building, "build_index", interrupted)
+    result = run("index", "build", *PLANET, "--zoom", "4", "--out", tmp_path / "a")
+    assert result.exit_code == 130
+    assert "a: the same command goes on with what is done" in result.stderr

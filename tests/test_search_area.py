@@ -125,3 +125,10 @@ def test_the_command_line_takes_a_region(tmp_path):
     assert tuple(tile[1:]) in {tuple(row) for row in parse_region(str(area)).tiles(6).tolist()}
     assert json.loads(run(*arguments, "-60,-10,-50,0").stdout)["within"] == "-60,-10,-50,0"
     refused(run(*arguments, "Atlantis"), "'Atlantis' is no region: a region is a box west,south,east,north")
+
+
+def test_a_region_beyond_the_map_has_no_tiles(tmp_path):
+    file = tmp_path / "cap.geojson"
+    file.write_text(json.dumps({"type": "Polygon", "coordinates": [[[0, 86], [10, 86], [10, 89], [0, 86]]]}))
+    with pytest.raises(SourceError, match=r"no tile of zoom 4, the first level within cap\.geojson"):
+        find(AddressTiles(), (4, 6), 2.0, 3.0, within=parse_region(str(file)))
