@@ -400,6 +400,11 @@ def test_http_templates_that_cannot_be_used(template, message):
         open_source(template)
 
 
+def test_http_headers_that_cannot_be_sent():
+    with pytest.raises(SourceError, match="a header has characters that cannot be sent"):
+        HttpSource(SourceDescription(template="https://host/{z}/{x}/{y}", headers={"A": "b\r\nc: d"}))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import email.utils
 import importlib.util
-import itertools
 import logging
 import os
 import queue
@@ -40,7 +39,6 @@ _MOST_REDIRECTS = 5
 _MOST_BYTES = 32 << 20  # of an answer
 _FIRST_ATTEMPTS = 3  # as long as nothing has ever come from the server
 _FAILURES_IN_A_ROW = 8
-_PER_POOL = 4  # connections; one pool of 32 spends a third more time on its lock
 _KEEP_ALIVE_S = 30.0
 
 _log = logging.getLogger(__name__)
@@ -114,17 +112,18 @@ class Fetcher:
             "write": description.read_timeout_s,
             "pool": None,
         }
-        self._pools = list(_pools(template, description.concurrency))
-        self._seats: queue.SimpleQueue[httpcore.ConnectionPool] = queue.SimpleQueue()
-        for pool in itertools.islice(itertools.cycle(self._pools), description.concurrency):
-            self._seats.put(pool)
+        self._connections = list(_connections(template, description.concurrency))
+        # The one used last is used first, so that as few are opened as are needed.
+        self._free: queue.LifoQueue[httpcore.ConnectionPool] = queue.LifoQueue()
+        for connection in self._connections:
+            self._free.put(connection)
         self._without_keys = WithoutKeys(template.secrets)
         self._without_keys.start()
 
     def close(self) -> None:
         """Close the connections."""
-        for pool in self._pools:
-            pool.close()
+        for connection in self._connections:
+            connection.close()
         self._without_keys.stop()
 
     def get(
@@ -178,20 +177,20 @@ class Fetcher:
         """Make one request; returns the answer, or in words why there is none."""
         import httpcore
 
-        seat = self._seats.get()
+        connection = self._free.get()
         try:
-            return self._exchange(seat, url, headers or {}, content)
+            return self._exchange(connection, url, headers or {}, content)
         except httpcore.TimeoutException:
             return "it did not answer in time"
-        except (httpcore.LocalProtocolError, httpcore.UnsupportedProtocol, UnicodeError):
+        except (httpcore.UnsupportedProtocol, UnicodeError):
             raise SourceError(f"{self._template.shown}: the template makes no valid request") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError):
             return "the connection broke" if self._answered else "it cannot be reached"
         finally:
-            self._seats.put(seat)
+            self._free.put(connection)
 
     def _exchange(
-        self, seat: httpcore.ConnectionPool, url: str, headers: Mapping[str, str], content: bytes | None
+        self, connection: httpcore.ConnectionPool, url: str, headers: Mapping[str, str], content: bytes | None
     ) -> Answer | str:
         import httpcore
 
@@ -208,7 +207,7 @@ class Fetcher:
                 content=content,
                 extensions={"timeout": self._timeout},
             )
-            with closing(seat.handle_request(request)) as response:
+            with closing(connection.handle_request(request)) as response:
                 found = {name.decode().lower(): value.decode("latin-1") for name, value in response.headers}
                 if response.status == 200 and "Range" in headers:
                     return Answer(200, found, b"")  # the whole file, which nobody wants
@@ -296,7 +295,12 @@ def user_agent() -> str:
     return f"geoengine/{version('geoengine')}" + (f" (+{contact})" if contact else "")
 
 
-def _pools(template: UrlTemplate, connections: int) -> Iterator[httpcore.ConnectionPool]:
+def _connections(template: UrlTemplate, count: int) -> Iterator[httpcore.ConnectionPool]:
+    """Yield pools of one connection each, for one thread at a time.
+
+    Threads that share an HTTP/2 connection of httpcore mix up its streams (pydantic/httpx2#1153), and a pool
+    of 32 connections spends a third more time on its lock.
+    """
     import certifi
     import httpcore
 
@@ -304,13 +308,12 @@ def _pools(template: UrlTemplate, connections: int) -> Iterator[httpcore.Connect
     context = ssl.create_default_context()  # SSL_CERT_FILE and SSL_CERT_DIR are looked at
     context.load_verify_locations(certifi.where())
     http2 = importlib.util.find_spec("h2") is not None
-    for _ in range(-(-connections // _PER_POOL)):
+    for _ in range(count):
         yield httpcore.ConnectionPool(
             ssl_context=context,
             proxy=proxy,
             http2=http2,
-            max_connections=_PER_POOL,
-            max_keepalive_connections=_PER_POOL,
+            max_connections=1,
             keepalive_expiry=_KEEP_ALIVE_S,
         )
 

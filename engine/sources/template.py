@@ -65,6 +65,8 @@ class UrlTemplate:
             name: _PLACEHOLDER.sub(lambda found: self._keys.get(found[1], found[0]), value)
             for name, value in (headers or {}).items()
         }
+        if any(not name.isascii() or not text.isprintable() for name, text in self.headers.items()):
+            raise SourceError(f"{self.shown}: a header has characters that cannot be sent")
         if parts.username:
             pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             self.headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
