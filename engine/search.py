@@ -97,13 +97,7 @@ def search(
         photos = [photo for photo, levels in enumerate(found) if len(levels) == index]
         if not photos:
             break
-        reading = Reading(
-            source=source,
-            encoders=encoders,
-            deadline_s=config.deadline_s,
-            overzoom=config.overzoom,
-            progress=_level_progress(progress, index, zoom),
-        )
+        reading = _reading(source, encoders, config, _level_progress(progress, index, zoom))
         if zoom in tables:
             ranked = _ranked_table(tables[zoom], zoom, photos, queries, config.k)
             reading.progress(1, 1)
@@ -120,6 +114,18 @@ def search(
         _with_ancestors(levels, tables, query, config.top)
         for levels, query in zip(found, queries, strict=True)
     ]
+
+
+def _reading(
+    source: TileSource, encoders: Encoders, config: SearchConfig, progress: Callable[[int, int], None]
+) -> Reading:
+    return Reading(
+        source=source,
+        encoders=encoders,
+        deadline_s=config.deadline_s,
+        overzoom=config.overzoom,
+        progress=progress,
+    )
 
 
 def levels_of(source: TileSource, levels: Sequence[int], *, overzoom: bool = False) -> list[int]:

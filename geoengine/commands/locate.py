@@ -31,6 +31,50 @@ _TILES_EXAMPLE = (
     "--tiles 'https://tiles.example.org/{z}/{x}/{y}.jpg', --tiles world.mbtiles or --tiles folder/"
 )
 
+_Levels = Annotated[
+    str | None,
+    typer.Option(help="Zooms to search, such as 4,6,8 or 4-16 (every second one). Default: all."),
+]
+_Within = Annotated[
+    str | None,
+    typer.Option(
+        help="Search only here: west,south,east,north in degrees, a GeoJSON file, or an ISO country code."
+    ),
+]
+_Bundle = Annotated[
+    str | None,
+    typer.Option(help="Engine bundle folder, or planet. Default: engines/, then the data folder."),
+]
+_Tiles = Annotated[
+    str | None,
+    typer.Option(
+        help="Map tiles: a URL template with {z} {x} {y}, an .mbtiles or .pmtiles file, a folder, planet, "
+        "a preset, or a .toml description of a server."
+    ),
+]
+_Index = Annotated[
+    Path | None,
+    typer.Option(help="Tile index: levels in it are scored whole. See geoengine index.", metavar="DIR"),
+]
+_Deadline = Annotated[
+    float | None,
+    typer.Option(help="Seconds after which a level is scored with the tiles that have arrived."),
+]
+_Precision = Annotated[
+    str | None, typer.Option(help="fp32, fp16 or int8. Default: the bundle's fastest for the backend.")
+]
+_Backend = Annotated[
+    str,
+    typer.Option(help="tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu; auto: the first to run."),
+]
+_MapFile = Annotated[
+    Path | None, typer.Option("--map", help="Also write a self-contained HTML map.", metavar="FILE.html")
+]
+_CompareExif = Annotated[
+    bool,
+    typer.Option("--compare-exif", help="Also print the distance to the GPS tag; for evaluation only."),
+]
+
 
 class Output(StrEnum):
     """What is written to stdout."""
@@ -60,56 +104,24 @@ def locate(
         bool, typer.Option("--demo", help="Search the built-in demo planet, which is not Earth.")
     ] = False,
     k: Annotated[int, typer.Option("--k", help="Beam width: tiles kept after each level.")] = 16,
-    levels: Annotated[
-        str | None,
-        typer.Option(help="Zooms to search, such as 4,6,8 or 4-16 (every second one). Default: all."),
-    ] = None,
+    levels: _Levels = None,
     top: Annotated[int, typer.Option(help="Candidates reported per photo.")] = 5,
-    within: Annotated[
-        str | None,
-        typer.Option(
-            help="Search only here: west,south,east,north in degrees, a GeoJSON file, or an ISO country code."
-        ),
-    ] = None,
-    bundle: Annotated[
-        str | None,
-        typer.Option(help="Engine bundle folder, or planet. Default: engines/, then the data folder."),
-    ] = None,
-    tiles: Annotated[
-        str | None,
-        typer.Option(
-            help="Map tiles: a URL template with {z} {x} {y}, an .mbtiles or .pmtiles file, a folder, planet."
-        ),
-    ] = None,
-    index: Annotated[
-        Path | None,
-        typer.Option(help="Tile index: levels in it are scored whole. See geoengine index.", metavar="DIR"),
-    ] = None,
+    within: _Within = None,
+    bundle: _Bundle = None,
+    tiles: _Tiles = None,
+    index: _Index = None,
     overzoom: Annotated[
         bool, typer.Option("--overzoom", help="Enlarge coarser tiles where the source has none.")
     ] = False,
-    deadline: Annotated[
-        float | None,
-        typer.Option(help="Seconds after which a level is scored with the tiles that have arrived."),
-    ] = None,
-    backend: Annotated[
-        str,
-        typer.Option(help="tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu; auto: the first to run."),
-    ] = "auto",
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or int8. Default: the bundle's fastest for the backend.")
-    ] = None,
+    deadline: _Deadline = None,
+    backend: _Backend = "auto",
+    precision: _Precision = None,
     threads: Annotated[int | None, typer.Option(help="Encoder threads. Default: all cores.")] = None,
     max_megapixels: Annotated[float, typer.Option(help="Larger photos are refused before decoding.")] = 100.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per photo and line.")] = False,
     as_geojson: Annotated[bool, typer.Option("--geojson", help="One GeoJSON FeatureCollection.")] = False,
-    map_file: Annotated[
-        Path | None, typer.Option("--map", help="Also write a self-contained HTML map.", metavar="FILE.html")
-    ] = None,
-    compare_exif: Annotated[
-        bool,
-        typer.Option("--compare-exif", help="Also print the distance to the GPS tag; for evaluation only."),
-    ] = False,
+    map_file: _MapFile = None,
+    compare_exif: _CompareExif = False,
 ) -> None:
     """Find where photos may have been taken: a hypothesis, not a proof.
 
