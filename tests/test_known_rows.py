@@ -135,8 +135,10 @@ def test_many_small_files_become_few(tmp_path):
     parts = [some_rows(50, seed) for seed in range(70)]
     for ids, rows in parts:
         cache.keep(10, ids, rows)
+        other.refresh()
     assert len(list(cache.folder.rglob("*.rows"))) < 40
-    other.refresh()
+    files = {segment.path for segment in other._index.segments[10]}
+    assert files == set(cache.folder.rglob("*.rows")), "it holds on to no file that is gone"
     for known in (cache, other, open_cache(tmp_path)):
         found = known.look_up(10, np.concatenate([ids for ids, _ in parts]), np.zeros((3500, D), np.float16))
         assert found.all()

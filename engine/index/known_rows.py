@@ -78,10 +78,13 @@ class RowCache:
                     (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
                     Description(maker=self._maker).write(self.folder)
                 self._index = TileIndex(self.folder, files=False)
-            for zoom, file in index_files(self.folder):
+            there = dict.fromkeys(index_files(self.folder))
+            for zoom, file in there:
                 if file not in self._seen:
                     self._seen.add(file)
                     self._map(self._index, zoom, file)
+            for zoom, segments in self._index.segments.items():  # others have joined files, or dropped them
+                self._index.segments[zoom] = [s for s in segments if (zoom, s.path) in there]
         except (GeoEngineError, OSError) as error:
             self._give_up(error)
 
