@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -106,6 +107,45 @@ class GpuFeed:
             if not self._closed:
                 self.cuda.synchronize(self.stream)
             self._closed = True
+
+
+class GpuBackend(ABC):
+    """A backend whose pictures come from a `GpuFeed`: what TensorRT and ONNX Runtime have in common.
+
+    `_open` makes `_feed` and whatever else the backend needs on the GPU, `_drop` gives up what does not
+    belong to `_cuda`.
+    """
+
+    _feed: GpuFeed
+
+    def __init__(self) -> None:
+        self._cuda = Cuda()
+        try:
+            self._open()
+        except BaseException:
+            self._cuda.close()
+            raise
+
+    @abstractmethod
+    def _open(self) -> None: ...
+
+    @abstractmethod
+    def _drop(self) -> None: ...
+
+    def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`."""
+        return self._feed.encode(encoder, pixels)
+
+    def rows(self, encoder: str, capacity: int) -> DeviceRows:
+        """Return room on the GPU for the embeddings of `capacity` pictures of one encoder."""
+        return self._feed.rows(encoder, capacity)
+
+    def close(self) -> None:
+        """Free all that is on the GPU; every later call raises BackendError."""
+        with self._feed.lock:
+            self._feed.close()
+            self._drop()
+            self._cuda.close()
 
 
 class DeviceRows:

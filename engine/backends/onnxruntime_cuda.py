@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from geoengine.engine.backends import ONNXRUNTIME_CUDA, choose_variant
-from geoengine.engine.backends.cuda import Cuda, DeviceArray
-from geoengine.engine.backends.gpu import GRAPH_BATCHES, PREFERRED_BATCH, DeviceRows, GpuFeed, graph_batch
+from geoengine.engine.backends.cuda import DeviceArray
+from geoengine.engine.backends.gpu import GRAPH_BATCHES, PREFERRED_BATCH, GpuBackend, GpuFeed, graph_batch
 from geoengine.engine.backends.sessions import Sessions, first_line, load_onnxruntime
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError
@@ -34,7 +33,7 @@ _NO_GRAPH = "-1"
 _log = logging.getLogger(__name__)
 
 
-class OnnxRuntimeCuda:
+class OnnxRuntimeCuda(GpuBackend):
     """Runs a bundle's graphs in ONNX Runtime on the first GPU.
 
     Each graph is loaded when it is first needed. All work is on one stream; batches of a usual size run as
@@ -52,28 +51,11 @@ class OnnxRuntimeCuda:
         self.variant = choose_variant(bundle, self.name, precision, RUNS)
         self._bundle = bundle
         require_provider(self.provider)
-        self._cuda = Cuda()
-        try:
-            self._open()
-        except BaseException:
-            self._cuda.close()
-            raise
+        super().__init__()
 
-    def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`."""
-        return self._feed.encode(encoder, pixels)
-
-    def rows(self, encoder: str, capacity: int) -> DeviceRows:
-        """Return room on the GPU for the embeddings of `capacity` pictures of one encoder."""
-        return self._feed.rows(encoder, capacity)
-
-    def close(self) -> None:
-        """Free all that is on the GPU; every later call raises BackendError."""
-        with self._feed.lock:
-            self._feed.close()
-            self._bindings.clear()
-            self._sessions.close()
-            self._cuda.close()
+    def _drop(self) -> None:
+        self._bindings.clear()
+        self._sessions.close()
 
     def provider_options(self) -> dict[str, str]:
         """Return the provider's options: our stream, true float32 where that is asked for, CUDA graphs."""

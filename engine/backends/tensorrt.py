@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from geoengine.engine.backends import TENSORRT, choose_variant
-from geoengine.engine.backends.cuda import Cuda, DeviceArray, mib
+from geoengine.engine.backends.cuda import DeviceArray, mib
 from geoengine.engine.backends.gpu import (
     GRAPH_BATCHES,
     PREFERRED_BATCH,
-    DeviceRows,
+    GpuBackend,
     GpuFeed,
     graph_batch,
     staging_bytes,
@@ -23,7 +20,7 @@ from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError
 
 
-class TensorRt:
+class TensorRt(GpuBackend):
     """Runs a bundle's TensorRT plans on the first GPU, in fp16.
 
     A trunk's tokens stay on the GPU as the head's input. A plan is loaded when it is first needed; memory for
@@ -40,27 +37,10 @@ class TensorRt:
         require_tensorrt()
         require_plans(bundle)
         self._bundle = bundle
-        self._cuda = Cuda()
-        try:
-            self._open()
-        except BaseException:
-            self._cuda.close()
-            raise
+        super().__init__()
 
-    def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`."""
-        return self._feed.encode(encoder, pixels)
-
-    def rows(self, encoder: str, capacity: int) -> DeviceRows:
-        """Return room on the GPU for the embeddings of `capacity` pictures of one encoder."""
-        return self._feed.rows(encoder, capacity)
-
-    def close(self) -> None:
-        """Free all that is on the GPU; every later call raises BackendError."""
-        with self._feed.lock:
-            self._feed.close()
-            self._loaded.clear()
-            self._cuda.close()
+    def _drop(self) -> None:
+        self._loaded.clear()
 
     def _open(self) -> None:
         machine = this_machine(self._cuda.info)
