@@ -15,7 +15,8 @@ from geoengine.engine.tiles import all_xy, descendants_xy
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch, tmp_path):
+    monkeypatch.setenv("GEOENGINE_CACHE", str(tmp_path / "cache"))
     server = Server()
     thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -43,7 +44,8 @@ def test_every_tile_once_in_its_place(server, world, tmp_path):
     assert len(server.requests) < 20  # of which 260 tiles came
 
 
-def test_children_of_a_tile_come_with_one_request(server, tmp_path):
+def test_children_of_a_tile_come_with_one_request(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEOENGINE_CACHE", "off")
     path = write_with_leaves(tmp_path / "a.pmtiles")
     server.files["/a.pmtiles"] = path.read_bytes()
     with closing(open_source(f"{server.address}/a.pmtiles")) as source:
@@ -52,6 +54,20 @@ def test_children_of_a_tile_come_with_one_request(server, tmp_path):
         before = len(server.requests)
         assert read_all(source, 7, asked, tolerance=4) == list(range(32))
         assert len(server.requests) - before == 2
+
+
+def test_a_tile_is_fetched_once(server, world, tmp_path):
+    for _ in range(2):
+        with closing(open_source(world)) as source:
+            assert read_all(source, 4, all_xy(4)) == list(range(256))
+        asked = [request.headers["Range"] for request in server.requests]
+        server.requests.clear()
+    assert asked == ["bytes=0-16383"]
+    [file] = (tmp_path / "cache").iterdir()
+    assert b"typed-secret" not in file.read_bytes()
+    with closing(open_source(str(file))) as kept:
+        assert kept.identity == source.identity
+        assert read_all(kept, 4, all_xy(4)) == list(range(256))
 
 
 def test_faults_that_pass_are_tried_again(server, world):

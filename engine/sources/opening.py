@@ -75,24 +75,27 @@ def open_server(description: SourceDescription, *, pack: Path | None = None) -> 
     if template.is_archive:
         from geoengine.engine.sources.ranges import open_remote_pmtiles
 
-        return open_remote_pmtiles(description, template)
-    if pack is not None:
-        description = dataclasses.replace(description, cache=CachePolicy.FOREVER)
-        return HttpSource(
-            description, cache_at(pack, description, template, limit_bytes=0), template=template
+        return open_remote_pmtiles(
+            description, template, lambda identity: _cache_of(description, template, identity)
         )
-    return HttpSource(description, _cache_of(description, template), template=template)
+    identity = identity_of(description, template)
+    if pack is None:
+        cache = _cache_of(description, template, identity)
+    else:
+        description = dataclasses.replace(description, cache=CachePolicy.FOREVER)
+        cache = cache_at(pack, description, template, identity, limit_bytes=0)
+    return HttpSource(description, cache, template=template)
 
 
 def cache_at(
-    path: Path, description: SourceDescription, template: UrlTemplate, *, limit_bytes: int
+    path: Path, description: SourceDescription, template: UrlTemplate, identity: str, *, limit_bytes: int
 ) -> TileCache:
     """Return the cache of a server's tiles in a file; its metadata holds no key."""
     metadata = {
         "name": description.name or template.host,
         "description": template.shown,
         "attribution": description.attribution,
-        IDENTITY_KEY: identity_of(description, template),
+        IDENTITY_KEY: identity,
     }
     if description.terms:
         metadata["geoengine:terms"] = description.terms
@@ -101,13 +104,13 @@ def cache_at(
     return TileCache(path, metadata, limit_bytes=limit_bytes)
 
 
-def _cache_of(description: SourceDescription, template: UrlTemplate) -> TileCache | None:
+def _cache_of(description: SourceDescription, template: UrlTemplate, identity: str) -> TileCache | None:
     if description.cache is CachePolicy.NONE:
         return None
-    path = cache_file(description.name or template.host, identity_of(description, template))
+    path = cache_file(description.name or template.host, identity)
     if path is None:
         return None
-    return cache_at(path, description, template, limit_bytes=cache_limit_bytes())
+    return cache_at(path, description, template, identity, limit_bytes=cache_limit_bytes())
 
 
 def _open_path(path: Path) -> TileSource:

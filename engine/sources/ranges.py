@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -11,20 +11,31 @@ import numpy.typing as npt
 
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import TileBatch
+from geoengine.engine.sources.cache import TileCache
 from geoengine.engine.sources.decode import Job, Picture, read_picture, stream
 from geoengine.engine.sources.description import CachePolicy, SourceDescription
 from geoengine.engine.sources.fetch import Answer, Call, Fetcher, UnusableError
+from geoengine.engine.sources.keeping import keep_until
 from geoengine.engine.sources.pmtiles import FIRST_BYTES, PMTilesSource
 from geoengine.engine.sources.template import UrlTemplate
-from geoengine.engine.tiles import as_xy
+from geoengine.engine.tiles import Tile, as_xy
 
 _GAP_BYTES = 16 << 10  # between two tiles that one request fetches together
 _RUN_BYTES = 1 << 20
 
+_Place = tuple[int, int, int]
+"""Offset and length of a tile in the file, and its position in the request."""
 
-def open_remote_pmtiles(description: SourceDescription, template: UrlTemplate) -> RemotePMTilesSource:
+
+MakeCache = Callable[[str], TileCache | None]
+"""Returns the cache of the source with an identity, which an archive has only once it is open."""
+
+
+def open_remote_pmtiles(
+    description: SourceDescription, template: UrlTemplate, make_cache: MakeCache
+) -> RemotePMTilesSource:
     """Open the PMTiles archive at a URL; raises SourceError as `PMTilesSource` and `Fetcher` do."""
-    return RemotePMTilesSource(_RemoteFile(description, template), description)
+    return RemotePMTilesSource(_RemoteFile(description, template), description, make_cache)
 
 
 class _RemoteFile:
@@ -39,18 +50,21 @@ class _RemoteFile:
     def read(self, offset: int, length: int) -> bytes:
         """Return a part of the file, shorter where the file ends."""
         if not self._first:
-            self._first = self.fetch(0, FIRST_BYTES, Call(self.name)) or b""
+            self._first = self._part(0, FIRST_BYTES)
         if offset + length <= len(self._first):
             return self._first[offset : offset + length]
-        data = self.fetch(offset, length, Call(self.name))
-        if data is None:
-            raise SourceError(f"{self.name}: the server does not give a part of the file; try later")
-        return data
+        return self._part(offset, length)
 
-    def fetch(self, offset: int, length: int, call: Call) -> bytes | None:
+    def _part(self, offset: int, length: int) -> bytes:
+        answer = self.fetch(offset, length, Call(self.name))
+        if answer is None:
+            raise SourceError(f"{self.name}: the server does not give a part of the file; try later")
+        return answer.body
+
+    def fetch(self, offset: int, length: int, call: Call) -> Answer | None:
         """Fetch a part of the file, or None when the server fails, which `call` counts."""
 
-        def read(answer: Answer) -> bytes:
+        def read(answer: Answer) -> Answer:
             if answer.status == 200:
                 raise SourceError(
                     f"{self.name}: the server does not answer range requests; download the file first"
@@ -62,7 +76,7 @@ class _RemoteFile:
                 raise SourceError(f"{self.name}: this file is cut short, or it has changed")
             if len(answer.body) > length or (len(answer.body) < length and offset):
                 raise UnusableError("it sent another part of the file than it was asked for")
-            return answer.body
+            return answer
 
         what = f"bytes {offset} to {offset + length - 1}"
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
@@ -79,10 +93,11 @@ class RemotePMTilesSource(PMTilesSource):
     Tiles that lie side by side, as the 16 children of a tile do, are fetched with one request.
     """
 
-    def __init__(self, file: _RemoteFile, description: SourceDescription) -> None:
-        self._remote = file
-        self._workers = description.concurrency
+    def __init__(self, file: _RemoteFile, description: SourceDescription, make_cache: MakeCache) -> None:
+        self._remote, self._description = file, description
+        self._cache: TileCache | None = None
         super().__init__(file)
+        self._cache = make_cache(self.identity)
         self.storable = description.cache is not CachePolicy.NONE
         self.attribution = description.attribution or self.attribution
         self.min_zoom = max(self.min_zoom, description.min_zoom)
@@ -96,24 +111,41 @@ class RemotePMTilesSource(PMTilesSource):
         call = Call(self.name)
         try:
             yield from stream(
-                self._fetches(z, tiles, call), workers=self._workers, tile_size=lambda _: self.tile_size
+                self._all_jobs(z, tiles, call),
+                workers=self._description.concurrency,
+                tile_size=lambda _: self.tile_size,
             )
         finally:
             call.stopped.set()
+            if self._cache is not None:
+                self._cache.flush()
         call.finish()
 
-    def _fetches(self, z: int, tiles: list[list[int]], call: Call) -> Iterator[tuple[int, Job]]:
-        places = []
-        for position, (x, y) in enumerate(tiles):
-            place = self.place_of(z, x, y)
-            if place is not None:
+    def close(self) -> None:
+        """Close the connections and the cache."""
+        super().close()
+        if self._cache is not None:
+            self._cache.close()
+
+    def _all_jobs(self, z: int, tiles: list[list[int]], call: Call) -> Iterator[tuple[int, Job]]:
+        wanted = [Tile(z, x, y) for x, y in tiles]
+        kept = self._cache.get(wanted) if self._cache is not None else {}
+        places: list[_Place] = []
+        for position, tile in enumerate(wanted):
+            # A tile that was kept without being a picture is fetched again.
+            if tile in kept and (picture := read_picture(kept[tile].data)) is not None:
+                yield position, partial(_same, picture)
+            elif (place := self.place_of(*tile)) is not None:
                 places.append((*place, position))
+        yield from self._fetches(places, wanted, call)
+
+    def _fetches(self, places: list[_Place], wanted: list[Tile], call: Call) -> Iterator[tuple[int, Job]]:
         jobs = []
         for run in _runs(sorted(places)):
             start, end = run[0][0], max(offset + length for offset, length, _ in run)
             part = _Part(self._remote, start, end - start, call)
             jobs += [
-                (rank, start, position, partial(part.picture, offset, length))
+                (rank, start, position, partial(self._picture, part, wanted[position], offset, length))
                 for rank, (offset, length, position) in enumerate(run)
             ]
         # The first tile of each run before the second of any, so that threads fetch runs, not wait for one.
@@ -121,29 +153,45 @@ class RemotePMTilesSource(PMTilesSource):
         for _, _, position, job in jobs:
             yield position, job
 
+    def _picture(self, part: _Part, tile: Tile, offset: int, length: int) -> Picture | None:
+        answer = part.answer()
+        if answer is None:
+            return None
+        data = answer.body[offset - part.start : offset - part.start + length]
+        picture = read_picture(data)
+        if picture is not None and self._cache is not None:
+            until = keep_until(self._description, answer.headers, missing=False)
+            if until is not None:
+                self._cache.put(tile, data, until)
+        return picture
+
 
 class _Part:
     """A run of tiles, fetched by the first thread that needs one of them."""
 
     def __init__(self, file: _RemoteFile, start: int, length: int, call: Call) -> None:
-        self._file, self._start, self._length, self._call = file, start, length, call
+        self.start = start
+        self._file, self._length, self._call = file, length, call
         self._lock = threading.Lock()
-        self._data: bytes | None = None
+        self._answer: Answer | None = None
         self._fetched = False
 
-    def picture(self, offset: int, length: int) -> Picture | None:
+    def answer(self) -> Answer | None:
+        """Return the server's answer, or None when it failed."""
         with self._lock:
             if not self._fetched:
-                self._data = self._file.fetch(self._start, self._length, self._call)
+                self._answer = self._file.fetch(self.start, self._length, self._call)
                 self._fetched = True
-        if self._data is None:
-            return None
-        return read_picture(self._data[offset - self._start : offset - self._start + length])
+            return self._answer
 
 
-def _runs(places: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+def _same(picture: Picture) -> Picture:
+    return picture
+
+
+def _runs(places: list[_Place]) -> Iterator[list[_Place]]:
     """Split places (offset, length, position), sorted, into those that are fetched together."""
-    run: list[tuple[int, int, int]] = []
+    run: list[_Place] = []
     for place in places:
         end = run[-1][0] + run[-1][1] if run else 0
         if run and (place[0] > end + _GAP_BYTES or place[0] + place[1] - run[0][0] > _RUN_BYTES):

@@ -72,6 +72,8 @@ def _of_server(description: SourceDescription) -> Iterator[tuple[str, str]]:
     for label, text in (("attribution", description.attribution), ("terms", description.terms)):
         yield label, text or "not known: find out before you use it"
     yield "bulk fetching", "allowed" if description.prefetch else "not allowed, as far as is known"
+    if template.is_archive:  # whose identity, and with it the cache, is known when it is open
+        return
     identity = identity_of(description, template)
     yield "identity", identity
     path = cache_file(description.name or template.host, identity)
