@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,7 @@ class _Work:
                 "sides": self._sides,
                 "calibration": [(str(file), file.stat().st_size) for file in pictures],
                 "tools": _tools(),
+                "geoengine": importlib.metadata.version("geoengine"),
             }
         )
 
@@ -325,7 +327,8 @@ def _weights_digest(encoders: EncoderSet) -> str:
 
 
 def _tools() -> dict[str, str]:
-    return {name: _version(name) for name in ("torch", "open_clip", "onnx", "onnx_ir", "onnxruntime")}
+    modules = ("torch", "open_clip", "onnx", "onnx_ir", "onnxruntime")
+    return {name: str(import_module(name).__version__) for name in modules}
 
 
 def _check_target(target: Path) -> None:
@@ -365,12 +368,6 @@ def _check_space(folder: Path, encoders: EncoderSet, precisions: Sequence[str]) 
             f"{folder} has {free / 1e6:.0f} MB free, and the bundle may need {needed / 1e6:.0f} MB: "
             "make room or name another folder with --out"
         )
-
-
-def _version(module: str) -> str:
-    """Return the version of an installed module, whatever the package that brought it is called."""
-    packages = importlib.metadata.packages_distributions()[module]
-    return importlib.metadata.version(packages[0])
 
 
 def _file_entry(file: Path) -> dict[str, Any]:
