@@ -21,7 +21,7 @@ from geoengine.engine.manifest import MANIFEST, SCHEMA, Variant, encoder_name
 from geoengine.engine.tiles import LEVELS
 from geoengine.export.check import Progress, Steps, check_backends, compile_bundle, pairs_of
 from geoengine.export.report import BuildReport, ReportRow, make_report, parity_table
-from geoengine.export.staging import Staging, locked
+from geoengine.export.staging import Staging, check_target, keep_plans, locked, staging_path
 from geoengine.export.tensorrt import DEFAULT_BATCH, MAX_BATCH, MIN_BATCH
 
 if TYPE_CHECKING:
@@ -118,17 +118,18 @@ def build_engines(config: BuildConfig, progress: Progress | None = None) -> Buil
     require_extra("export", _NEEDED, "building engines")
     start = time.perf_counter()
     target = config.out.absolute()
-    _check_target(target)
+    check_target(target)
     steps = Steps(progress)
     steps("load the encoders")
     encoders = _load(config)
     work = _Work(config, encoders, steps)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(target.parent, encoders, work.precisions)
+    _check_space(target, encoders, work.precisions)
     with locked(target):
         staging = Staging(target, work.key())
         try:
             results, skipped = work.run(staging)
+            keep_plans(target, staging.path)
+            staging.finish()
         except GeoEngineError:
             staging.discard()
             raise
@@ -137,7 +138,6 @@ def build_engines(config: BuildConfig, progress: Progress | None = None) -> Buil
                 f"{error}; what is done so far is kept in {staging.path}, "
                 "and the same command goes on from there"
             ) from error
-        staging.finish()
     steps("")
     compiled: tuple[ReportRow, ...] = ()
     if "fp16" in work.precisions and config.backend in ("auto", TENSORRT):
@@ -223,6 +223,7 @@ class _Work:
             from geoengine.export.calibration import calibration_pictures
             from geoengine.export.int8 import quantize_graphs
 
+            _remove(folder.glob(f"*.{variant}.onnx"))
             floats = self._float_graphs(staging, source, Variant.fp32)
             self._steps("calibrate and quantize to int8")
             trunks, heads = quantize_graphs(
@@ -331,14 +332,6 @@ def _tools() -> dict[str, str]:
     return {name: str(import_module(name).__version__) for name in modules}
 
 
-def _check_target(target: Path) -> None:
-    """Refuse a path that holds something else than a bundle, which replacing would destroy."""
-    if target.is_dir() and not (target / MANIFEST).is_file() and any(target.iterdir()):
-        raise ExportError(f"{target} exists and is not an engine bundle; name another folder with --out")
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"{target} is a file; name a folder with --out")
-
-
 def _load(config: BuildConfig) -> EncoderSet:
     from geoengine.export.checkpoints import load_clip_encoders
     from geoengine.export.encoders import load_encoder_folder
@@ -359,9 +352,19 @@ def _sides(config: BuildConfig, encoders: EncoderSet) -> tuple[int, ...]:
     return tuple(sorted({encoders.image_size, *wanted}))
 
 
-def _check_space(folder: Path, encoders: EncoderSet, precisions: Sequence[str]) -> None:
+def _check_space(target: Path, encoders: EncoderSet, precisions: Sequence[str]) -> None:
+    """Make the folder that the bundle will be in; raise ExportError when its disk has too little room."""
+    folder = target.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"the folder {folder} cannot be made ({error.strerror}): name another one with --out"
+        ) from error
     tensors = {t.data_ptr(): t.numel() for tower in encoders.towers.values() for t in tower.parameters()}
     needed = sum(tensors.values()) * sum(_BYTES_PER_WEIGHT[name] for name in precisions) + _SPARE_BYTES
+    begun = sum(file.stat().st_size for file in staging_path(target).rglob("*") if file.is_file())
+    needed = max(needed - begun, _SPARE_BYTES)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ExportError(

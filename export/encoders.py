@@ -281,18 +281,17 @@ def _write_folder(target: Path, files: Mapping[str, State], config: Mapping[str,
 def replace_folder(staging: Path, target: Path) -> None:
     """Move the finished folder `staging` to `target`, in the same parent; what was there goes only then."""
     staging.chmod(0o755)  # temporary folders are private
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / "folder")
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed below
+        target.rename(old)
     try:
         staging.rename(target)
     except OSError:
-        (old / "folder").rename(target)
+        if old.exists():
+            old.rename(target)
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _to_half(tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -7,11 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from geoengine.engine.errors import ExportError
+from geoengine.engine.backends.plans import FOLDER
+from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.errors import BundleError, ExportError
+from geoengine.engine.manifest import MANIFEST
 
 _KEY, _LOCK, _NOTES = "key", "lock", "notes.jsonl"
 
@@ -30,11 +33,13 @@ class Staging:
             self._clear()
             (self.path / _KEY).write_text(key, encoding="utf-8")
         self._notes = self._read_notes()
+        self._synced: dict[Path, tuple[int, int]] = {}
 
     def noted(self, what: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - any JSON value
         """Return the JSON value of `work`, which an earlier build may have left under the name `what`."""
         if what not in self._notes:
             value = work()
+            self._sync()
             with (self.path / _NOTES).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"what": what, "value": value}) + "\n")
                 stream.flush()
@@ -43,18 +48,36 @@ class Staging:
         return self._notes[what]
 
     def finish(self) -> None:
-        """Put the folder in the bundle's place; what was there goes only then."""
+        """Put the folder in the bundle's place; what was there goes only then.
+
+        Until the folder is in its place, it is one that the same build can take up again.
+        """
         from geoengine.export.encoders import replace_folder
 
-        for name in (_KEY, _LOCK, _NOTES):
-            (self.path / name).unlink(missing_ok=True)
+        self._sync()
         replace_folder(self.path, self._target)
+        for name in (_KEY, _NOTES, _LOCK):
+            (self._target / name).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the folder with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._clear()
+        (self.path / _LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # another build may have begun in it since the lock went
+            self.path.rmdir()
+
+    def _sync(self) -> None:
+        """Have the disk keep what was written since the last time: a note must not outlive its files."""
+        for file in self.path.rglob("*"):
+            stat = file.stat()
+            state = (stat.st_mtime_ns, stat.st_size)
+            if file.is_file() and self._synced.get(file) != state:
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                self._synced[file] = state
 
     def _clear(self) -> None:
+        (self.path / _KEY).unlink(missing_ok=True)  # first: without it nothing else here counts
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -79,16 +102,52 @@ def staging_path(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
+def check_target(target: Path) -> None:
+    """Refuse a path that holds something else than a bundle, which replacing would destroy."""
+    if target.is_dir() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise ExportError(f"{target} exists and is not an engine bundle; name another folder with --out")
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target} is a file; name a folder with --out")
+
+
+def keep_plans(target: Path, folder: Path) -> None:
+    """Take over TensorRT's plans from an earlier bundle of the same encoders.
+
+    Each is used only if it is of the same graph. Where the disk has no hard links they are built again.
+    """
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    with suppress(BundleError, OSError):
+        old, new = EngineBundle.open(target, verify=False), EngineBundle.open(folder, verify=False)
+        if old.manifest.weights == new.manifest.weights and (target / FOLDER).is_dir():
+            hidden = shutil.ignore_patterns(".*")
+            shutil.copytree(target / FOLDER, folder / FOLDER, copy_function=os.link, ignore=hidden)
+
+
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Keep other processes from building the bundle `target`; raises ExportError when one does already."""
-    folder = staging_path(target)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
+    while (lock := _lock(target)) is None:
+        pass  # the build that held it has just ended, and its folder is gone
+    with lock:
+        yield
+
+
+def _lock(target: Path) -> IO[str] | None:
+    """Return the lock of the staging folder, or None when its file went while it was taken."""
+    file = staging_path(target) / _LOCK
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as opened:
         try:
+            lock = opened.enter_context(file.open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = os.path.samestat(os.fstat(lock.fileno()), file.stat())
+        except FileNotFoundError:
+            return None
         except BlockingIOError:
             raise ExportError(
                 f"another build of {target} is running; wait for it, or name another folder"
             ) from None
-        yield
+        if there:
+            opened.pop_all()
+            return lock
+    return None

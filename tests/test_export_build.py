@@ -16,7 +16,7 @@ from geoengine.engine.backends import open_backend
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, BundleError, ExportError, MissingExtraError
 from geoengine.engine.manifest import Variant
-from geoengine.export import build, encoders, onnx_graphs, parity, reference
+from geoengine.export import build, encoders, onnx_graphs, parity, reference, staging
 from geoengine.export.build import BuildConfig, build_engines
 from geoengine.export.check import verify_bundle
 from geoengine.export.pictures import sample_pictures
@@ -379,3 +379,71 @@ def test_a_backend_that_cannot_run_here_is_refused_when_it_was_asked_for(built, 
     with pytest.raises(BackendError, match="backend openvino does not compute in fp32, only in int8"):
         build_engines(config)
     assert list(tmp_path.iterdir()) == []
+
+
+class Killed(BaseException):
+    """What nothing catches, as SIGKILL."""
+
+
+@pytest.mark.parametrize("rename", [0, 1])
+def test_a_build_killed_while_it_replaces_a_bundle_goes_on(built, reuse, monkeypatch, tmp_path, rename):
+    shutil.copytree(built[0] / "bundle", tmp_path / "out")
+    (tmp_path / "out" / "mark").write_text("old")
+    config = BuildConfig(encoder_folder=built[0] / "set", out=tmp_path / "out", input_sizes=(24,))
+    renamed = []
+
+    def killed(source, target):
+        if len(renamed) == rename:
+            raise Killed
+        renamed.append(shutil.move(source, target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(Killed):
+            build_engines(config)
+    steps = []
+    build_engines(config, lambda done, total, doing: steps.append(doing))
+    assert not any(word in step for step in steps for word in ("export", "PyTorch"))
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert set(digests(tmp_path / "out")) == set(digests(built[0] / "bundle"))
+
+
+def test_a_bundle_built_again_keeps_its_plans(built, reuse, tmp_path):
+    shutil.copytree(built[0] / "bundle", tmp_path / "out")
+    plans = tmp_path / "out" / "tensorrt" / "gpu"
+    plans.mkdir(parents=True)
+    for name in ("plans.json", "timing.cache", ".lock"):
+        (plans / name).write_text(name)
+    build_engines(BuildConfig(encoder_folder=built[0] / "set", out=tmp_path / "out"))
+    assert sorted(file.name for file in plans.iterdir()) == ["plans.json", "timing.cache"]
+    build_engines(BuildConfig(encoder_folder=built[0] / "set", out=tmp_path / "out", levels=(4,)))
+    assert not plans.exists(), "they are of other encoders"
+
+
+def test_graphs_that_were_cut_off_are_written_again(built, tmp_path):
+    config = BuildConfig(
+        encoder_folder=built[0] / "set", precisions=("int8",), levels=(4,), out=tmp_path / "out"
+    )
+    interrupted(config, "calibrate")
+    folder = tmp_path / ".out.partial" / "onnx"
+    (folder / "trunk.16.int8.onnx").write_bytes(b"\x08\x0a\x3a\xff")
+    (folder / "trunk.weights").write_bytes(b"part")
+    build_engines(config)
+    EngineBundle.open(tmp_path / "out")
+
+
+def test_a_lock_in_a_folder_that_has_gone_is_not_held(monkeypatch, tmp_path):
+    target, calls = tmp_path / "out", []
+    real = staging.fcntl.flock
+
+    def another_build_ends_first(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            shutil.rmtree(staging.staging_path(target))
+        real(file, how)
+
+    monkeypatch.setattr(staging.fcntl, "flock", another_build_ends_first)
+    with locked(target):
+        assert len(calls) == 2
+        with pytest.raises(ExportError, match="is running"), locked(target):
+            pass
