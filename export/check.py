@@ -54,12 +54,13 @@ def check_backends(
     *,
     backends: tuple[str, ...] = BACKENDS,
     required: str | None = None,
+    opening: Callable[..., Backend] = open_backend,
     noted: Noted = lambda what, work: work(),
 ) -> tuple[list[Measurement], dict[str, str]]:
     """Hold every graph to the gates on each backend that runs it here.
 
-    Returns the measurements, and why the other backends cannot run. Raises ExportError when a gate is not
-    passed, BackendError when the backend `required` cannot run.
+    `opening` opens a backend. Returns the measurements, and why the other backends cannot run. Raises
+    ExportError when a gate is not passed, BackendError when the backend `required` cannot run.
     """
     results: list[Measurement] = []
     skipped: dict[str, str] = {}
@@ -67,7 +68,7 @@ def check_backends(
         ran = False
         for variant in bundle.variants:
             try:
-                backend = open_backend(bundle, backend=name, precision=variant)
+                backend = opening(bundle, backend=name, precision=variant)
             except BackendError as error:
                 skipped.setdefault(name, str(error))
                 continue
@@ -124,15 +125,24 @@ def compile_bundle(path: str | Path, *, max_batch: int, progress: Progress | Non
     TensorRT cannot run here, ExportError when a graph cannot be compiled or a plan fails a check; the plans
     are then removed.
     """
-    from geoengine.export.tensorrt import build_plans, remove_plans
+    from geoengine.engine.backends.tensorrt import TensorRt
+    from geoengine.export.tensorrt import build_plans, mark_checked, remove_plans
 
     start = time.perf_counter()
     steps = Steps(progress)
     bundle = EngineBundle.open(path)
     reference = load_reference(bundle.path / REFERENCE)
     build_plans(bundle, max_batch=max_batch, progress=progress)
+
+    def unchecked(bundle: EngineBundle, *, backend: str, precision: str) -> Backend:
+        assert backend == TENSORRT
+        return TensorRt(bundle, precision=precision, unchecked=True)
+
     try:
-        results, _ = check_backends(bundle, reference, steps, backends=(TENSORRT,), required=TENSORRT)
+        results, _ = check_backends(
+            bundle, reference, steps, backends=(TENSORRT,), required=TENSORRT, opening=unchecked
+        )
+        mark_checked(bundle)
     except Exception:
         remove_plans(bundle)
         raise

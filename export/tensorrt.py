@@ -71,9 +71,10 @@ def build_plans(
     """Build what is missing of the bundle's TensorRT plans for this machine; returns all of them.
 
     Each plan is put in place as soon as it is whole, so that a build that was interrupted goes on where it
-    was. `level` is TensorRT's optimisation level, 0 (built fast) to 5 (runs fast). One process builds at a
-    time; another one waits. Raises BackendError when CUDA or TensorRT cannot be loaded, ExportError saying
-    which node or layer of which graph TensorRT cannot build and why. KeyboardInterrupt ends the build.
+    was; none is used before `mark_checked`. `level` is TensorRT's optimisation level, 0 (built fast) to 5
+    (runs fast). One process builds at a time; another one waits. Raises BackendError when CUDA or TensorRT
+    cannot be loaded, ExportError saying which node or layer of which graph TensorRT cannot build and why.
+    KeyboardInterrupt ends the build.
     """
     config = plan_settings(max_batch, level)
     graphs = _graphs(bundle)
@@ -93,6 +94,12 @@ def build_plans(
             done = _Build(bundle, done, read, show).run(missing)
         show(100 * len(graphs), 100 * len(graphs), "")
         return [_report(done, graph, graph in reused) for graph in graphs]
+
+
+def mark_checked(bundle: EngineBundle) -> None:
+    """Note that the bundle's plans for this machine have passed the gates: from here on they are used."""
+    plans = load_plans(bundle.path.absolute() / FOLDER / this_machine(gpu_info()).folder)
+    replace(plans, checked=True).save()
 
 
 def remove_plans(bundle: EngineBundle) -> None:

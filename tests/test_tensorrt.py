@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 from onnx import external_data_helper
@@ -17,19 +18,24 @@ from tiny_bundle import write_manifest
 from trt_contract.bundles import write_fp16_bundle
 
 from geoengine.engine.backends import gpu, tensorrt_runner
+from geoengine.engine.backends import tensorrt as backend_module
 from geoengine.engine.backends.plans import Machine, find_plans, load_plans, read_plan
 from geoengine.engine.backends.tensorrt import TensorRt
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, ExportError
 from geoengine.engine.manifest import BundleFile, Variant
-from geoengine.export import plan_builder
+from geoengine.export import check, parity, plan_builder
 from geoengine.export import tensorrt as export_module
-from geoengine.export.tensorrt import build_plans, plan_profiles, plan_settings, remove_plans
+from geoengine.export.tensorrt import build_plans, mark_checked, plan_profiles, plan_settings, remove_plans
 
 CHILD = (sys.executable, str(Path(__file__).parent / "trt_contract" / "plain_child.py"))
 MACHINE = Machine(gpu="NVIDIA H100 80GB HBM3", compute_capability="9.0", driver="13.0", tensorrt="11.4.0.106")
 FOLDER = "tensorrt/nvidia-h100-80gb-hbm3-sm90-trt11.4.0.106"
 PLANS = ("trunk.8.plan", "trunk.16.plan", "head_photo.plan", "head_z01.plan", "head_z03.plan")
+
+
+def find(bundle):
+    return find_plans(bundle, MACHINE, unchecked=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +66,14 @@ def test_plans_lie_in_the_machines_folder(bundle):
     assert {report.seconds for report in reports} == {0.25}
     files = {file.name for file in (bundle.path / FOLDER).iterdir()}
     assert files == {*PLANS, "plans.json", ".lock"}
-    profiles = {plan.profiles for plan in find_plans(bundle, MACHINE).plans.values()}
+    profiles = {plan.profiles for plan in find(bundle).plans.values()}
     assert profiles == {((1, 8, 32), (33, 64, 64))}
 
 
 def test_large_pictures_have_smaller_batches(bundle, monkeypatch):
     monkeypatch.setattr(gpu, "SLOT_BYTES", 3 * 16 * 16 * 40)
     build_plans(bundle, max_batch=64)
-    largest = {graph: plan.profiles[-1][2] for graph, plan in find_plans(bundle, MACHINE).plans.items()}
+    largest = {graph: plan.profiles[-1][2] for graph, plan in find(bundle).plans.items()}
     assert largest.pop("onnx/trunk.16.fp16.onnx") == 40
     assert set(largest.values()) == {64}
 
@@ -103,7 +109,7 @@ def test_a_build_that_fails_is_taken_up_again(bundle, monkeypatch, mode, words):
         build_plans(bundle, max_batch=64)
     assert all(word in str(failed.value) for word in words), failed.value
     with pytest.raises(BackendError, match=re.escape("there is none for onnx/head_photo.fp16.onnx")):
-        find_plans(bundle, MACHINE)
+        find(bundle)
     monkeypatch.delenv("CHILD_MODE")
     assert [report.reused for report in build_plans(bundle, max_batch=64)] == [
         True,
@@ -187,7 +193,7 @@ def test_another_gpu_or_tensorrt_has_its_own_folder(built, monkeypatch):
     build_plans(built, max_batch=64)
     assert len(list((built.path / "tensorrt").iterdir())) == 2
     for machine in (MACHINE, newer):
-        assert find_plans(built, machine).machine == machine
+        assert find_plans(built, machine, unchecked=True).machine == machine
 
 
 def test_other_weights_make_other_plans(built):
@@ -196,7 +202,7 @@ def test_other_weights_make_other_plans(built):
     write_manifest(built.path, json.loads((built.path / "manifest.json").read_text()))
     changed = EngineBundle.open(built.path)
     with pytest.raises(BackendError, match=r"head_z01.plan was built from another onnx/head_z01.fp16.onnx"):
-        find_plans(changed, MACHINE)
+        find(changed)
     reused = [report.graph for report in build_plans(changed, max_batch=64) if not report.reused]
     assert reused == ["onnx/head_z01.fp16.onnx"]
 
@@ -239,7 +245,7 @@ def test_only_nodes_that_resize_may_compute_in_fp32(tmp_path):
 
 
 def test_damaged_plans_are_refused_and_built_again(built):
-    plans = find_plans(built, MACHINE)
+    plans = find(built)
     file = built.path / FOLDER / "head_photo.plan"
     whole = file.read_bytes()
     rebuild = f"geoengine build-engines --plans --out {built.path}"
@@ -248,13 +254,55 @@ def test_damaged_plans_are_refused_and_built_again(built):
         read_plan(built, plans, "onnx/head_photo.fp16.onnx")
     file.write_bytes(whole[:-1])
     with pytest.raises(BackendError, match=r"head_photo.plan is damaged: it has \d+ bytes instead of \d+"):
-        find_plans(built, MACHINE)
+        find(built)
     file.unlink()
     with pytest.raises(BackendError, match=r"head_photo.plan is missing"):
-        find_plans(built, MACHINE)
+        find(built)
     reports = build_plans(built, max_batch=64)
     assert [report.artifact for report in reports if not report.reused] == [f"{FOLDER}/head_photo.plan"]
-    assert read_plan(built, find_plans(built, MACHINE), "onnx/head_photo.fp16.onnx") == whole
+    assert read_plan(built, find(built), "onnx/head_photo.fp16.onnx") == whole
+
+
+def test_plans_are_used_only_after_they_were_checked(built):
+    with pytest.raises(
+        BackendError, match=r"have not been checked, because their build was interrupted: .*--plans"
+    ):
+        find_plans(built, MACHINE)
+    mark_checked(built)
+    assert find_plans(built, MACHINE).checked
+    (built.path / FOLDER / "head_photo.plan").unlink()
+    build_plans(built, max_batch=64)
+    with pytest.raises(BackendError, match="have not been checked"):
+        find_plans(built, MACHINE)
+
+
+@pytest.mark.parametrize("gate", [0.5, 0.0])
+def test_the_gates_decide_whether_plans_stay(bundle, monkeypatch, gate):
+    class Fails:
+        name, variant, batch, max_batch = "tensorrt", Variant.fp16, 32, 64
+
+        def __init__(self, bundle, **options):
+            assert options == {"precision": "fp16", "unchecked": True}
+
+        def encode(self, encoder, pixels):
+            return np.eye(1, bundle.embed_dim, dtype=np.float32).repeat(len(pixels), axis=0)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(backend_module, "TensorRt", Fails)
+    monkeypatch.setattr(parity, "MIN_COSINE", {Variant.fp16: gate})
+    embeddings = np.full((32, bundle.embed_dim), 0.1, np.float32)
+    monkeypatch.setattr(
+        check, "load_reference", lambda file: dict.fromkeys(check.pairs_of(bundle), embeddings)
+    )
+    if gate:
+        with pytest.raises(ExportError, match="does not agree with PyTorch"):
+            check.compile_bundle(bundle.path, max_batch=64)
+        assert not (bundle.path / FOLDER).exists()
+    else:
+        check.compile_bundle(bundle.path, max_batch=64)
+        assert find_plans(bundle, MACHINE).checked
 
 
 def swap(old, new):
@@ -281,9 +329,9 @@ def test_a_damaged_list_of_plans_is_refused_and_made_again(built, damage, words)
     file = built.path / FOLDER / "plans.json"
     file.write_text(damage(file.read_text()))
     with pytest.raises(BackendError, match=rf"plans.json cannot be used: .*({words})"):
-        find_plans(built, MACHINE)
+        find(built)
     assert not any(report.reused for report in build_plans(built, max_batch=64))
-    find_plans(built, MACHINE)
+    find(built)
 
 
 def test_plans_for_other_machines_are_named(built):
@@ -301,7 +349,7 @@ def test_plans_for_other_machines_are_named(built):
     remove_plans(built)
     assert not (built.path / FOLDER).exists()
     with pytest.raises(BackendError, match="it has none at all"):
-        find_plans(built, MACHINE)
+        find(built)
 
 
 def test_a_bundle_without_fp16_graphs(bundle):

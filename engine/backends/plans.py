@@ -86,12 +86,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class PlanSet:
-    """A folder of plans: for which machine, how built, and the plans by ONNX file."""
+    """A folder of plans: for which machine, how built, the plans by ONNX file, and whether they are right.
+
+    `checked` tells that the plans were held to the gates of a build; others are not used.
+    """
 
     folder: Path
     machine: Machine
     config: PlanConfig
     plans: Mapping[str, Plan]
+    checked: bool = False
 
     def save(self) -> None:
         """Write `plans.json`, replacing the old one at once."""
@@ -99,6 +103,7 @@ class PlanSet:
             "schema": SCHEMA,
             "machine": asdict(self.machine),
             "config": asdict(self.config),
+            "checked": self.checked,
             "plans": {graph: asdict(plan) for graph, plan in self.plans.items()},
         }
         write_whole(self.folder / PLANS_FILE, (json.dumps(data, indent=2) + "\n").encode())
@@ -126,6 +131,7 @@ def load_plans(folder: Path) -> PlanSet:
             raise ValueError(f"schema {data['schema']!r:.40} is not {SCHEMA}")
         machine = Machine(**data["machine"])
         config = PlanConfig(**data["config"])
+        checked = data["checked"] is True
         plans = {graph: _plan(entry) for graph, entry in data["plans"].items()}
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"it lacks or misspells a field ({error})") from error
@@ -136,7 +142,7 @@ def load_plans(folder: Path) -> PlanSet:
             raise ValueError(f'"scratch_bytes" must be a size, got {plan.scratch_bytes!r:.40}')
         if plan.key != plan_key(machine, config, plan.profiles, plan.sources):
             raise ValueError(f"the key of {plan.file} does not fit what it was built from")
-    return PlanSet(folder, machine, config, plans)
+    return PlanSet(folder, machine, config, plans, checked)
 
 
 def require_plans(bundle: EngineBundle) -> None:
@@ -145,11 +151,11 @@ def require_plans(bundle: EngineBundle) -> None:
         raise BackendError(f"engine bundle {bundle.path} has no TensorRT plans: {remedy(bundle)}")
 
 
-def find_plans(bundle: EngineBundle, machine: Machine) -> PlanSet:
+def find_plans(bundle: EngineBundle, machine: Machine, *, unchecked: bool = False) -> PlanSet:
     """Return the bundle's plans for a machine; raises BackendError with the command that builds them.
 
-    All plans are there, of the right size, and built from the bundle's own graphs. Checksums of the plans are
-    left to `read_plan`.
+    All plans are there, of the right size, and built from the bundle's own graphs. They have passed the gates
+    of a build, unless `unchecked`. Checksums of the plans are left to `read_plan`.
     """
     folder = bundle.path / FOLDER / machine.folder
     if not (folder / PLANS_FILE).is_file():
@@ -171,6 +177,11 @@ def find_plans(bundle: EngineBundle, machine: Machine) -> PlanSet:
         problem = _problem(bundle, found, graph)
         if problem:
             raise BackendError(f"the TensorRT plans in {folder} cannot be used: {problem}; {remedy(bundle)}")
+    if not (found.checked or unchecked):
+        raise BackendError(
+            f"the TensorRT plans in {folder} have not been checked, because their build was interrupted: "
+            f"{remedy(bundle)}"
+        )
     return found
 
 

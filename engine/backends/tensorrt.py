@@ -24,19 +24,25 @@ class TensorRt(GpuBackend):
     """Runs a bundle's TensorRT plans on the first GPU, in fp16.
 
     A trunk's tokens stay on the GPU as the head's input. A plan is loaded when it is first needed; memory for
-    the largest batch is taken once, when the backend is opened.
+    the largest batch is taken once, when the backend is opened. `unchecked` also takes plans that have not
+    passed the gates of a build; the gates do.
     """
 
     name = TENSORRT
 
     def __init__(
-        self, bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None
+        self,
+        bundle: EngineBundle,
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+        unchecked: bool = False,
     ) -> None:
         del threads  # the GPU does the work
         self.variant = choose_variant(bundle, self.name, precision, (VARIANT,))
         require_tensorrt()
         require_plans(bundle)
-        self._bundle = bundle
+        self._bundle, self._unchecked = bundle, unchecked
         super().__init__()
 
     def _drop(self) -> None:
@@ -44,7 +50,7 @@ class TensorRt(GpuBackend):
 
     def _open(self) -> None:
         machine = this_machine(self._cuda.info)
-        self._plans = find_plans(self._bundle, machine)
+        self._plans = find_plans(self._bundle, machine, unchecked=self._unchecked)
         self._check_memory()
         max_batch = self.max_batch = self._plans.config.max_batch
         self.batch = min(max_batch, PREFERRED_BATCH)

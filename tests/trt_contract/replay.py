@@ -25,7 +25,7 @@ from geoengine.engine.backends.tensorrt import TensorRt
 from geoengine.engine.errors import BackendError
 from geoengine.export import plan_builder
 from geoengine.export import tensorrt as export_module
-from geoengine.export.tensorrt import build_plans, plan_profiles, plan_settings
+from geoengine.export.tensorrt import build_plans, mark_checked, plan_profiles, plan_settings
 from geoengine.kernels import cosine_topk
 
 FOLDER = Path(sys.argv[1])
@@ -66,6 +66,9 @@ def fails(error, *words):
 def check_a_whole_build_in_its_own_process():
     seen = []
     reports = build_plans(BUNDLE, max_batch=1024, progress=lambda *step: seen.append(step))
+    with fails(BackendError, "have not been checked"):
+        TensorRt(BUNDLE)
+    mark_checked(BUNDLE)
     assert [report.graph for report in reports] == BUNDLE.manifest.graphs["fp16"].files()
     folder = BUNDLE.path / "tensorrt" / f"emulated-gpu-sm90-trt{trt.__version__}"
     plans = load_plans(folder)
