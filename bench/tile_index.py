@@ -5,8 +5,9 @@
 
 `scoring` writes random rows, opens them in a process of its own, and scores one photo against all of them.
 `search` locates one photo over a local MBTiles file, whose pictures stand for all tiles of the world: with
-nothing known, and with an index of the first levels and the rows of the first search. Beside it stands the
-time that the encoder alone needs for the distinct pictures of the first search, already decoded.
+nothing known, and with an index of the first levels and the rows of the first search. Beside it stands what
+the encoder alone needs for the distinct pictures of the first search, already decoded: its time, which other
+work on the machine makes doubtful, its processor time, and how long the first search spent in the encoder.
 """
 
 from __future__ import annotations
@@ -158,41 +159,52 @@ def measure_search(opened: EngineBundle, k: int, threads: int | None, folder: Pa
         engine.embed_photos([engine.prepare(photo)])
         for zoom in engine.bundle.levels:  # graphs are loaded when they are first needed
             engine.backend.encode(encoder_name(zoom), np.zeros((2, 256, 256, 3), np.uint8))
-        alone_s = [encode_alone(engine, 256)]
-        start = time.perf_counter()
+        alone = [encode_alone(engine, 128)]
+        in_encoder_s, timed = [0.0], engine.backend.encode
+
+        def encode(encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+            start = time.perf_counter()
+            embeddings = timed(encoder, pixels)
+            in_encoder_s[0] += time.perf_counter() - start
+            return embeddings
+
+        engine.backend.encode = encode  # type: ignore[method-assign]
+        start, start_cpu = time.perf_counter(), time.process_time()
         [cold] = engine.locate([photo], config=config)
-        cold_s = time.perf_counter() - start
-        alone_s.append(encode_alone(engine, 256))
+        cold_s, cold_cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
+        engine.backend.encode = timed  # type: ignore[method-assign]
+        alone.append(encode_alone(engine, 128))
         embedded = sum(level.candidates - level.known for level in cold.levels)
         start = time.perf_counter()
         [again] = engine.locate([photo], config=config)
         seen_s = time.perf_counter() - start
         name = f"{engine.backend.name}, {engine.backend.variant}"
     indexed = measure_indexed(opened, config, threads, file, photo, folder)
-    per_tile_s = statistics.mean(alone_s) / 256
+    alone_s, alone_cpu_s = (embedded * statistics.mean(one) / 128 for one in zip(*alone, strict=True))
     return {
         "backend": name,
         "k": k,
         "embedded": embedded,
         "cold_s": cold_s,
-        "encoder_alone_s": per_tile_s * embedded,
-        "cold_over_encoder_alone": cold_s / (per_tile_s * embedded),
+        "cold_over_time_in_encoder": cold_s / in_encoder_s[0],
+        "cold_over_encoder_alone": cold_s / alone_s,
+        "cold_over_encoder_alone_cpu": cold_cpu_s / alone_cpu_s,
         "seen_before_ms": 1e3 * seen_s,
         "cold_over_seen_before": cold_s / seen_s,
         "same_answer": again.point == cold.point,
     } | indexed
 
 
-def encode_alone(engine: GeoEngine, count: int) -> float:
-    """Return the seconds in which the encoder embeds decoded pictures, in batches that suit it."""
+def encode_alone(engine: GeoEngine, count: int) -> tuple[float, float]:
+    """Return seconds, and seconds of the processor, in which the encoder embeds decoded pictures."""
     source = engine.source
     xy = np.random.default_rng(7).integers(0, 1 << 12, (count, 2))
     pictures = np.concatenate([batch.pixels for batch in source.read(12, xy)])[:count]
     batch = engine.backend.batch
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     for first in range(0, len(pictures), batch):
         engine.backend.encode(encoder_name(12), pictures[first : first + batch])
-    return (time.perf_counter() - start) * count / len(pictures)
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def measure_indexed(
