@@ -72,7 +72,7 @@ def test_a_tile_is_fetched_once(server, world, tmp_path):
 
 def test_faults_that_pass_are_tried_again(server, world):
     with closing(open_source(world)) as source:
-        server.faults["world"] = [500, (206, {}, b"short"), 503]
+        server.faults["world"] = [500, (206, {}, b"short")]
         assert read_all(source, 4, [(1, 1)]) == [0]
         assert server.faults["world"] == []
 
