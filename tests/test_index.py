@@ -116,6 +116,16 @@ def test_more_levels_are_added_and_what_is_there_is_not_built_again(tmp_path, bu
     assert index.description.complete == (4, 6)
 
 
+def test_what_a_killed_process_left_half_written_is_swept_up(tmp_path, bundle):
+    (tmp_path / "parts").mkdir()
+    old, young = tmp_path / "parts" / ".z04-0.rows.ab.tmp", tmp_path / ".z04.rows.cd.tmp"
+    for file in (old, young):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    build_index(tmp_path, bundle, AddressTiles(), Encoder(), zooms=(4,))
+    assert not old.exists() and young.exists()
+
+
 BUILD_AND_WAIT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])

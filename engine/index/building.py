@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -45,6 +46,8 @@ from geoengine.engine.tiles import all_xy
 
 TILES_PER_PART = 4096
 """Tiles between two moments at which an interrupted build goes on."""
+
+_ABANDONED_S = 600.0  # a part is written in less than a second
 
 BuildProgress: TypeAlias = Callable[[int, int, int], None]
 """(zoom, tiles done, tiles in all), often."""
@@ -144,9 +147,18 @@ def building(folder: Path) -> Iterator[None]:
             raise TileIndexError(
                 f"{folder}: another process builds this index; wait for it, or give another folder"
             ) from None
+        _sweep(folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed processes have left half written; a young file may be another process's."""
+    for file in (*folder.glob(".*.tmp"), *(folder / PARTS).glob(".*.tmp")):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > _ABANDONED_S:
+                file.unlink()
 
 
 def new_part(folder: Path, zoom: int) -> Path:
