@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geoengine.engine.backends import BACKENDS, ONNXRUNTIME_CUDA, OPENVINO, TENSORRT
+from geoengine.engine.backends import BACKENDS, ONNXRUNTIME_CUDA, OPENVINO, TENSORRT, require_backend
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, ExportError, GeoEngineError
 from geoengine.engine.extras import require_extra
@@ -123,6 +123,8 @@ def build_engines(config: BuildConfig, progress: Progress | None = None) -> Buil
     steps("load the encoders")
     encoders = _load(config)
     work = _Work(config, encoders, steps)
+    if config.backend != "auto":
+        require_backend(config.backend, work.variants)
     _check_space(target, encoders, work.precisions)
     with locked(target):
         staging = Staging(target, work.key())
@@ -158,7 +160,7 @@ class _Work:
     def __init__(self, config: BuildConfig, encoders: EncoderSet, steps: Steps) -> None:
         self._config, self._encoders, self._steps = config, encoders, steps
         self.precisions = config.precisions_for(encoders.world)
-        self._variants = [variant for name in self.precisions for variant in PRECISIONS[name]]
+        self.variants = [variant for name in self.precisions for variant in PRECISIONS[name]]
         self._sides = _sides(config, encoders)
         self._weights = _weights_digest(encoders)
 
@@ -169,7 +171,7 @@ class _Work:
             {
                 "weights": self._weights,
                 "levels": self._encoders.levels,
-                "variants": self._variants,
+                "variants": self.variants,
                 "sides": self._sides,
                 "calibration": [(str(file), file.stat().st_size) for file in pictures],
                 "tools": _tools(),
@@ -183,13 +185,13 @@ class _Work:
 
         folder = staging.path
         (folder / "onnx").mkdir(exist_ok=True)
-        graphs = {variant: self._graphs(staging, variant) for variant in self._variants}
+        graphs = {variant: self._graphs(staging, variant) for variant in self.variants}
         shutil.rmtree(folder / _FLOAT, ignore_errors=True)
         manifest = self._manifest(folder, graphs)
         _write_manifest(folder, manifest)
         bundle = EngineBundle.open(folder, verify=False)
         pairs = pairs_of(bundle)
-        self._steps.total = self._steps.done + len(pairs) * (1 + len(self._variants)) + 1
+        self._steps.total = self._steps.done + len(pairs) * (1 + len(self.variants)) + 1
 
         def write_reference() -> None:
             save_reference(make_reference(self._encoders, pairs, self._steps), folder / REFERENCE)
@@ -215,7 +217,7 @@ class _Work:
         if variant is not Variant.int8:
             return self._float_graphs(staging, folder, variant)
         source = folder
-        if Variant.fp32 not in self._variants:
+        if Variant.fp32 not in self.variants:
             source = staging.path / _FLOAT
             source.mkdir(exist_ok=True)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
-from geoengine.engine.backends import open_backend
+from geoengine.engine.backends import open_backend, tensorrt_runner
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, BundleError, ExportError, MissingExtraError
 from geoengine.engine.manifest import Variant
@@ -74,6 +75,12 @@ def reuse(monkeypatch, built):
 
     monkeypatch.setattr(onnx_graphs, "write_trunks", write_trunks)
     monkeypatch.setattr(onnx_graphs, "write_heads", write_heads)
+
+
+def missing(package):
+    """A `find_spec` that does not find a package."""
+    found = importlib.util.find_spec
+    return lambda name: None if name == package else found(name)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -328,8 +335,7 @@ def test_levels_that_the_encoders_do_not_have(built, tmp_path):
 
 
 def test_without_the_export_extra_the_remedy_is_named(monkeypatch, tmp_path):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", missing("onnx"))
     with pytest.raises(MissingExtraError, match=r"needs onnx, which .* `pip install 'geoengine\[export\]'`"):
         build_engines(BuildConfig(out=tmp_path / "b"))
 
@@ -372,13 +378,36 @@ def test_a_bundle_of_all_precisions_is_run_by_every_backend_of_this_machine(buil
     assert "check encoder z06 at 16 px on openvino, int8" in steps
 
 
-def test_a_backend_that_cannot_run_here_is_refused_when_it_was_asked_for(built, reuse, tmp_path):
+@pytest.mark.parametrize(
+    ("backend", "precision", "message"),
+    [
+        ("openvino", "fp32", "backend openvino does not compute in fp32, only in int8"),
+        ("tensorrt", "int8", "backend tensorrt does not compute in int8, only in fp16"),
+        ("tensorrt", "fp16", "TensorRT is not installed"),
+        ("onnxruntime-cuda", "fp16", "this ONNX Runtime has no CUDAExecutionProvider"),
+    ],
+)
+def test_a_backend_that_cannot_run_here_is_refused_before_the_work(
+    built, monkeypatch, tmp_path, backend, precision, message
+):
+    monkeypatch.setattr(tensorrt_runner.importlib.util, "find_spec", missing("tensorrt"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     config = BuildConfig(
-        encoder_folder=built[0] / "set", precisions=("fp32",), backend="openvino", out=tmp_path / "b"
+        encoder_folder=built[0] / "set", precisions=(precision,), backend=backend, out=tmp_path / "b"
     )
-    with pytest.raises(BackendError, match="backend openvino does not compute in fp32, only in int8"):
-        build_engines(config)
+    steps = []
+    with pytest.raises(BackendError, match=message):
+        build_engines(config, lambda done, total, doing: steps.append(doing))
+    assert steps == ["load the encoders"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(built, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ExportError, match=r"file cannot be made \(File exists\): name another one with --out"
+    ):
+        build_engines(BuildConfig(encoder_folder=built[0] / "set", out=tmp_path / "file" / "b"))
 
 
 class Killed(BaseException):

@@ -28,7 +28,7 @@ class OnHost(OnnxRuntimeCuda):
 
     def enqueue(self, session, binding, options):
         graph = options.get_run_config_entry("gpu_graph_id")
-        self.runs.append((binding, graph))
+        self.enqueued.append((binding, graph))
         self.runtime.enqueue(self._feed.stream, lambda: session.run_with_iobinding(binding))
 
 
@@ -43,7 +43,7 @@ def backend(bundle, monkeypatch):
     monkeypatch.setattr(cuda, "cuda_runtime", lambda: runtime)
     monkeypatch.setattr(module, "share_arena", lambda provider: False)
     monkeypatch.setitem(sys.modules, "geoengine.kernels._topk_cuda", EmulatedKernels(runtime))
-    OnHost.runtime, OnHost.runs = runtime, []
+    OnHost.runtime, OnHost.enqueued = runtime, []
     opened = OnHost(bundle)
     yield opened
     opened.close()
@@ -90,14 +90,14 @@ def test_rows_of_several_calls_are_scored_where_they_are(backend, bundle):
 def test_usual_batches_are_bound_once_and_keep_their_graph(backend):
     for seed in range(3):
         backend.encode("z01", pictures(7, seed=seed))
-    bindings = [binding for binding, _ in OnHost.runs]
-    graphs = [graph for _, graph in OnHost.runs]
+    bindings = [binding for binding, _ in OnHost.enqueued]
+    graphs = [graph for _, graph in OnHost.enqueued]
     assert "-1" not in graphs
     assert bindings[4:] == bindings[:2], "the third call finds its pictures where the first one had them"
     assert graphs[4:] == graphs[:2]
-    OnHost.runs.clear()
+    OnHost.enqueued.clear()
     backend.encode("z01", pictures(300))
-    assert [graph for _, graph in OnHost.runs] == ["-1", "-1"]
+    assert [graph for _, graph in OnHost.enqueued] == ["-1", "-1"]
 
 
 def test_no_number_stands_for_two_cuda_graphs_of_a_session(backend):
@@ -107,7 +107,7 @@ def test_no_number_stands_for_two_cuda_graphs_of_a_session(backend):
                 backend.encode(encoder, pictures(count, side))
                 backend.encode(encoder, pictures(count, side))
     by_graph = {}
-    for binding, graph in OnHost.runs:
+    for binding, graph in OnHost.enqueued:
         by_graph.setdefault(graph, set()).add(id(binding))
     assert all(len(bindings) == 1 for bindings in by_graph.values())
 
@@ -116,7 +116,7 @@ def test_a_closed_backend_says_so(bundle, monkeypatch):
     runtime = Emulated()
     monkeypatch.setattr(cuda, "cuda_runtime", lambda: runtime)
     monkeypatch.setattr(module, "share_arena", lambda provider: False)
-    OnHost.runtime, OnHost.runs = runtime, []
+    OnHost.runtime, OnHost.enqueued = runtime, []
     opened = OnHost(bundle)
     opened.close()
     with pytest.raises(BackendError, match="closed"):

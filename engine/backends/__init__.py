@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,12 +140,26 @@ def try_backends(
             yield name, error
 
 
+def require_backend(name: str, variants: Sequence[Variant]) -> None:
+    """Raise BackendError when a backend runs none of the variants, or cannot run here whatever the bundle."""
+    backend = _class(name)
+    if not set(variants) & set(backend.runs):
+        raise BackendError(_not_computed(name, ", ".join(variants), backend.runs))
+    backend.require()
+
+
 def _open(name: str, bundle: EngineBundle, precision: str | None, threads: int | None) -> Backend:
-    module, cls = _CLASSES[name]
-    backend: Backend = getattr(import_module(f"geoengine.engine.backends.{module}"), cls)(
-        bundle, precision=precision, threads=threads
-    )
+    backend: Backend = _class(name)(bundle, precision=precision, threads=threads)
     return backend
+
+
+def _class(name: str) -> Any:  # noqa: ANN401 - a class that makes backends
+    module, cls = _CLASSES[name]
+    return getattr(import_module(f"geoengine.engine.backends.{module}"), cls)
+
+
+def _not_computed(name: str, precision: str, runs: Sequence[Variant]) -> str:
+    return f"backend {name} does not compute in {precision}, only in {', '.join(runs)}"
 
 
 def choose_variant(
@@ -163,7 +177,7 @@ def choose_variant(
         if variant in bundle.variants:
             return variant
     if not wanted:
-        raise BackendError(f"backend {name} does not compute in {precision}, only in {', '.join(runs)}")
+        raise BackendError(_not_computed(name, str(precision), runs))
     raise BackendError(
         f"engine bundle {bundle.path} has no {' or '.join(wanted)} graphs, which backend {name} needs: "
         f"`geoengine build-engines --precision {precision_of(wanted[0])}` makes them"

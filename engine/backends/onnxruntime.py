@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from geoengine.engine.backends import ONNXRUNTIME_CPU, choose_variant
 from geoengine.engine.backends.batches import HostRows, picture_batches
-from geoengine.engine.backends.sessions import Sessions, first_line
+from geoengine.engine.backends.sessions import Sessions, first_line, load_onnxruntime
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import BackendError
@@ -23,9 +23,6 @@ MAX_BATCH = 16
 """Pictures in one run of a graph; bounds memory. Of 1 to 128 it was the fastest on two cores for a small ViT
 at 112 pixels, and within 10 % of the fastest for ViT-B/32 at 224."""
 
-RUNS = (Variant.int8, Variant.fp32, Variant.fp16, Variant.fp16_attention)
-"""What it executes, the fastest first."""
-
 
 class OnnxRuntimeCpu:
     """Runs a bundle's graphs in ONNX Runtime on the CPU.
@@ -34,15 +31,22 @@ class OnnxRuntimeCpu:
     """
 
     name = ONNXRUNTIME_CPU
+    runs = (Variant.int8, Variant.fp32, Variant.fp16, Variant.fp16_attention)
+    """What it executes, the fastest first."""
     batch, max_batch = 2 * MAX_BATCH, MAX_BATCH
 
     def __init__(
         self, bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None
     ) -> None:
-        self.variant = choose_variant(bundle, self.name, precision, RUNS)
+        self.variant = choose_variant(bundle, self.name, precision, self.runs)
         self.threads = available_cores() if threads is None else threads
         self._bundle = bundle
         self._sessions = Sessions(self.name, ("CPUExecutionProvider", {}), self._configure)
+
+    @staticmethod
+    def require() -> None:
+        """Raise BackendError when it cannot run on this machine, whatever the bundle."""
+        load_onnxruntime()
 
     def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geoengine.engine.backends import ONNXRUNTIME_CUDA, choose_variant
-from geoengine.engine.backends.cuda import DeviceArray
+from geoengine.engine.backends.cuda import DeviceArray, gpu_info
 from geoengine.engine.backends.gpu import GRAPH_BATCHES, PREFERRED_BATCH, GpuBackend, GpuFeed, graph_batch
 from geoengine.engine.backends.sessions import Sessions, first_line, load_onnxruntime
 from geoengine.engine.bundle import EngineBundle
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding, RunOptions, SessionOptions
 
 MAX_BATCH = 1024
-
-RUNS = (Variant.fp16, Variant.fp16_attention, Variant.fp32)
-"""What it executes; which fp16 form is faster is measured when a bundle is built on a machine with a GPU."""
 
 _NO_GRAPH = "-1"
 
@@ -41,6 +38,8 @@ class OnnxRuntimeCuda(GpuBackend):
     """
 
     name = ONNXRUNTIME_CUDA
+    runs = (Variant.fp16, Variant.fp16_attention, Variant.fp32)
+    """Which fp16 form is faster is measured when a bundle is built on a machine with a GPU."""
     batch, max_batch = PREFERRED_BATCH, MAX_BATCH
     provider, device = "CUDAExecutionProvider", "cuda"
 
@@ -48,10 +47,16 @@ class OnnxRuntimeCuda(GpuBackend):
         self, bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None
     ) -> None:
         del threads  # the GPU does the work
-        self.variant = choose_variant(bundle, self.name, precision, RUNS)
+        self.variant = choose_variant(bundle, self.name, precision, self.runs)
         self._bundle = bundle
         require_provider(self.provider)
         super().__init__()
+
+    @classmethod
+    def require(cls) -> None:
+        """Raise BackendError when it cannot run on this machine, whatever the bundle."""
+        require_provider(cls.provider)
+        gpu_info()
 
     def _drop(self) -> None:
         self._bindings.clear()

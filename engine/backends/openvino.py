@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from geoengine.engine.backends import OPENVINO, choose_variant
 from geoengine.engine.backends.batches import HostRows, picture_batches
+from geoengine.engine.backends.sessions import first_line
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import BackendError
@@ -30,25 +31,24 @@ class OpenVino:
     called `encode`.
     """
 
-    name = OPENVINO
+    name, runs = OPENVINO, (Variant.int8,)
     batch = max_batch = MAX_BATCH
 
     def __init__(
         self, bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None
     ) -> None:
-        self.variant = choose_variant(bundle, self.name, precision, (Variant.int8,))
+        self.variant = choose_variant(bundle, self.name, precision, self.runs)
         self.threads = available_cores() if threads is None else threads
         self._bundle = bundle
         self._requests: dict[Path, InferRequest] = {}
         self._lock = threading.Lock()
         self._closed = False
-        try:
-            import openvino
-        except ImportError as error:
-            raise BackendError(
-                f"OpenVINO cannot be loaded ({error}): pip install 'geoengine[openvino]'"
-            ) from error
-        self._core = openvino.Core()
+        self._core = _load_openvino().Core()
+
+    @staticmethod
+    def require() -> None:
+        """Raise BackendError when it cannot run on this machine, whatever the bundle."""
+        _load_openvino()
 
     def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`.
@@ -83,7 +83,7 @@ class OpenVino:
         try:
             results = self._requests[path].infer([value], share_inputs=True, share_outputs=True)
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot run {path}: {_first_line(error)}") from error
+            raise BackendError(f"OpenVINO cannot run {path}: {first_line(error)}") from error
         return np.asarray(results[0])
 
     def _load(self, path: Path) -> InferRequest:
@@ -98,8 +98,14 @@ class OpenVino:
         try:
             return self._core.compile_model(path, "CPU", options).create_infer_request()
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+            raise BackendError(f"OpenVINO cannot load {path}: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _load_openvino() -> Any:  # noqa: ANN401 - the module
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(
+            f"OpenVINO cannot be loaded ({error}): pip install 'geoengine[openvino]'"
+        ) from error
+    return openvino

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from geoengine.engine.backends import TENSORRT, choose_variant
-from geoengine.engine.backends.cuda import DeviceArray, mib
+from geoengine.engine.backends.cuda import DeviceArray, gpu_info, mib
 from geoengine.engine.backends.gpu import (
     GRAPH_BATCHES,
     PREFERRED_BATCH,
@@ -28,7 +28,7 @@ class TensorRt(GpuBackend):
     passed the gates of a build; the gates do.
     """
 
-    name = TENSORRT
+    name, runs = TENSORRT, (VARIANT,)
 
     def __init__(
         self,
@@ -39,11 +39,17 @@ class TensorRt(GpuBackend):
         unchecked: bool = False,
     ) -> None:
         del threads  # the GPU does the work
-        self.variant = choose_variant(bundle, self.name, precision, (VARIANT,))
+        self.variant = choose_variant(bundle, self.name, precision, self.runs)
         require_tensorrt()
         require_plans(bundle)
         self._bundle, self._unchecked = bundle, unchecked
         super().__init__()
+
+    @staticmethod
+    def require() -> None:
+        """Raise BackendError when it cannot run on this machine, whatever the bundle."""
+        require_tensorrt()
+        gpu_info()
 
     def _drop(self) -> None:
         self._loaded.clear()
