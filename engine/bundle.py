@@ -55,6 +55,17 @@ class EngineBundle:
                 raise BundleError(f"engine bundle {folder}: {error}; {_remedy(folder)}") from error
         return cls(folder, manifest)
 
+    def check_unchanged(self) -> None:
+        """Raise BundleError when another bundle has been put in the place of this one since it was opened.
+
+        To be asked after a file was read: encoders of two bundles would go together without an error.
+        """
+        if EngineBundle.open(self.path, verify=False).manifest.files != self.manifest.files:
+            raise BundleError(
+                f"engine bundle {self.path} has been replaced by another one while it was in use: "
+                "run the command again"
+            )
+
     @property
     def world(self) -> str:
         """The world that the encoders know: "earth" or "planet"."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -206,6 +207,24 @@ def test_a_graph_that_is_none(tmp_path):
     with pytest.raises(BackendError, match=r"ONNX Runtime .* cannot load .*head_z01\.fp32\.onnx: ") as caught:
         opened.encode("z01", pictures(1))
     assert "\n" not in str(caught.value)
+
+
+def test_encoders_of_two_bundles_never_go_together(tmp_path):
+    folder = write_tiny_bundle(tmp_path / "tiny")
+    opened = open_backend(EngineBundle.open(folder))
+    before = opened.encode("photo", pictures(2))
+    folder.rename(tmp_path / "old")
+    with pytest.raises(BundleError, match="is no engine bundle"):
+        opened.encode("z01", pictures(1))
+    write_tiny_bundle(folder)
+    opened.encode("z01", pictures(1))  # the same bundle again does no harm
+    shutil.copy(folder / "onnx/head_photo.fp32.onnx", folder / "onnx/head_z03.fp32.onnx")
+    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
+    for _ in range(2):
+        with pytest.raises(BundleError, match="has been replaced by another one while it was in use"):
+            opened.encode("z03", pictures(1))
+    np.testing.assert_array_equal(opened.encode("photo", pictures(2)), before)
+    opened.close()
 
 
 def test_a_graph_for_other_tokens(tmp_path):

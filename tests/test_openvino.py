@@ -171,6 +171,12 @@ def test_a_graph_that_is_none(backend, bundle, tmp_path):
     with pytest.raises(BackendError, match=r"OpenVINO cannot load .*head_z01\.int8\.onnx: ") as caught:
         opened.encode("z01", sample_pictures(SIDE, 1))
     assert "\n" not in str(caught.value)
+    for content in (b"other", (folder / "onnx" / "head_photo.int8.onnx").read_bytes()):
+        (folder / "onnx" / "head_z01.int8.onnx").write_bytes(content)
+        write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
+        with pytest.raises(BundleError, match="has been replaced by another one"):
+            opened.encode("z01", sample_pictures(SIDE, 1))
+    opened.close()
 
 
 def test_a_bundle_without_int8(tmp_path):

@@ -85,7 +85,8 @@ class Backend(Protocol):
         `encoder` is "photo" or a map encoder, "z04" and so on; BundleError when the bundle does not have it.
         An embedding does not depend on what else is in the call: alone or among others, every component
         agrees to 1e-6 on a CPU, and to the rounding of its precision on a GPU. `pixels` is read only during
-        the call. Raises BackendError when the encoder cannot run.
+        the call. Raises BackendError when the encoder cannot run, BundleError when it was not loaded yet and
+        the bundle has been replaced since it was opened.
         """
         ...
 

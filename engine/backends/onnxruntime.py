@@ -41,7 +41,7 @@ class OnnxRuntimeCpu:
         self.variant = choose_variant(bundle, self.name, precision, self.runs)
         self.threads = available_cores() if threads is None else threads
         self._bundle = bundle
-        self._sessions = Sessions(self.name, ("CPUExecutionProvider", {}), self._configure)
+        self._sessions = Sessions(bundle, self.name, ("CPUExecutionProvider", {}), self._configure)
 
     @staticmethod
     def require() -> None:

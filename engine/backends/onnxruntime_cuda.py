@@ -81,7 +81,9 @@ class OnnxRuntimeCuda(GpuBackend):
             self._cuda, self._bundle, self.variant, self._encode_into, max_batch=self.max_batch
         )
         self._one_arena = share_arena(self.provider)
-        self._sessions = Sessions(self.name, (self.provider, self.provider_options()), self._configure)
+        self._sessions = Sessions(
+            self._bundle, self.name, (self.provider, self.provider_options()), self._configure
+        )
         self._bindings: dict[tuple[Path, int, int], tuple[IOBinding, RunOptions]] = {}
         trunk = self._sessions.get(self._trunk(self._bundle.image_size))
         self._token_shape = tuple(int(size) for size in trunk.get_outputs()[0].shape[1:])

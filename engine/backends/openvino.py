@@ -79,7 +79,9 @@ class OpenVino:
         if self._closed:
             raise BackendError(f"backend {self.name} is closed")
         if path not in self._requests:
-            self._requests[path] = self._load(path)
+            request = self._load(path)
+            self._bundle.check_unchanged()
+            self._requests[path] = request
         try:
             results = self._requests[path].infer([value], share_inputs=True, share_outputs=True)
         except RuntimeError as error:
@@ -98,6 +100,7 @@ class OpenVino:
         try:
             return self._core.compile_model(path, "CPU", options).create_infer_request()
         except RuntimeError as error:
+            self._bundle.check_unchanged()
             raise BackendError(f"OpenVINO cannot load {path}: {first_line(error)}") from error
 
 

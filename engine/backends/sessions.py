@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError
 
 if TYPE_CHECKING:
@@ -14,15 +15,20 @@ if TYPE_CHECKING:
 
 
 class Sessions:
-    """Sessions that are loaded when they are first asked for, and shared by all threads.
+    """Sessions of a bundle's graphs, loaded when they are first asked for, and shared by all threads.
 
     `name` is the backend's, for errors; `provider` is ONNX Runtime's execution provider with its options,
     `configure` sets further options of a session.
     """
 
     def __init__(
-        self, name: str, provider: tuple[str, dict[str, str]], configure: Callable[[SessionOptions], None]
+        self,
+        bundle: EngineBundle,
+        name: str,
+        provider: tuple[str, dict[str, str]],
+        configure: Callable[[SessionOptions], None],
     ) -> None:
+        self._bundle = bundle
         self._name, self._provider, self._configure = name, provider, configure
         self._loaded: dict[Path, InferenceSession] = {}
         self._lock = threading.Lock()
@@ -30,12 +36,17 @@ class Sessions:
         self.onnxruntime = load_onnxruntime()
 
     def get(self, path: Path) -> InferenceSession:
-        """Return the session of a graph; raises BackendError when it cannot be loaded, or after `close`."""
+        """Return the session of a graph; raises BackendError when it cannot be loaded, or after `close`.
+
+        Raises BundleError when the bundle has been replaced.
+        """
         with self._lock:
             if self._closed:
                 raise BackendError(f"backend {self._name} is closed")
             if path not in self._loaded:
-                self._loaded[path] = self._load(path)
+                session = self._load(path)
+                self._bundle.check_unchanged()
+                self._loaded[path] = session
             return self._loaded[path]
 
     def paths(self) -> set[Path]:
@@ -67,6 +78,7 @@ class Sessions:
                 enable_fallback=0,
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+            self._bundle.check_unchanged()
             raise BackendError(
                 f"ONNX Runtime {ort.__version__} cannot load {path}: {first_line(error)}"
             ) from error

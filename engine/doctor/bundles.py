@@ -55,7 +55,7 @@ def _problem(backend: Backend, bundle: EngineBundle) -> str | None:
     side = bundle.image_size
     try:
         backend.encode(PHOTO, np.zeros((1, side, side, 3), dtype=np.uint8))
-    except BackendError as error:
+    except (BackendError, BundleError) as error:
         return str(error)
     finally:
         backend.close()
