@@ -16,9 +16,9 @@ from geoengine.engine.index.tile_index import Table
 from geoengine.engine.level import Encoders, Reading, embed_level, rank_table
 from geoengine.engine.pictures import MOST_ENLARGED
 from geoengine.engine.regions import Region
-from geoengine.engine.regions.box import Box, Overlap
+from geoengine.engine.regions.box import searched_area
 from geoengine.engine.results import Level, ScoredTile
-from geoengine.engine.sources import WORLD_BOUNDS, TileSource
+from geoengine.engine.sources import TileSource
 from geoengine.engine.tiles import LEVELS, Tile, all_xy, descendants_xy, parent, tile_count
 from geoengine.kernels import cosine_topk
 
@@ -90,7 +90,7 @@ def search(
     found: list[list[Level]] = [[] for _ in queries]
     zooms = levels_of(source, config.levels, overzoom=config.overzoom)
     area = searched_area(source, config.within)
-    tables = _tables(known, zooms, area)
+    tables = _tables(known, zooms, None if config.within is None else area)
     zooms = [zoom for zoom in zooms if zoom in tables or zoom > max(tables, default=-1)]
     for index, zoom in enumerate(zooms):
         # The others had no tile at an earlier level.
@@ -141,14 +141,6 @@ def levels_of(source: TileSource, levels: Sequence[int], *, overzoom: bool = Fal
             f"none of the levels {', '.join(map(str, levels))}"
         )
     return there
-
-
-def searched_area(source: TileSource, within: Region | None) -> Region | None:
-    """Return the part of the world in which both the search and the source have tiles; None for all of it."""
-    if source.bounds == WORLD_BOUNDS:
-        return within
-    bounds = Box(source.bounds)
-    return bounds if within is None else Overlap(within, bounds)
 
 
 def _tables(known: KnownRows | None, zooms: Sequence[int], area: Region | None) -> dict[int, Table]:

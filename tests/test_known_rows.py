@@ -18,7 +18,7 @@ from geoengine.engine.index.segments import tile_ids
 from geoengine.engine.index.tile_index import Maker
 from geoengine.engine.regions import parse_region
 from geoengine.engine.search import SearchConfig, search
-from geoengine.engine.tiles import LngLat, all_xy, descendants, parent, tile_at
+from geoengine.engine.tiles import LngLat, LngLatBbox, all_xy, descendants, parent, tile_at
 
 LEVELS = (4, 6, 8, 10)
 D = 4 * len(LEVELS)
@@ -289,6 +289,26 @@ def test_levels_above_the_deepest_index_are_searched_only_with_one(bundle, tmp_p
     found, source, _ = find(KnownRows(D, index, None))
     assert [[level.zoom for level in levels] for levels in found] == [[6, 8, 10]] * 4
     assert [zoom for zoom, _ in source.reads] == [8, 10]
+
+
+@pytest.mark.parametrize("land", [False, True])
+def test_an_index_of_a_source_with_bounds_is_whole_for_that_source(bundle, tmp_path, land):
+    def bounded():
+        source = AddressTiles()
+        source.bounds = LngLatBbox(-10.0, 35.0, 30.0, 60.0)
+        return source
+
+    source = bounded()
+    index = build_index(tmp_path, bundle, source, CountingEncoders(), zooms=(4, 6), land=land)
+    asked = {tile for zoom, read in source.reads if zoom == 6 for tile in read}
+    assert asked <= {tuple(row) for row in parse_region("-10,35,30,60").tiles(6).tolist()}
+    [levels], source, _ = find(KnownRows(D, index, None), bounded(), places=[0])
+    assert [level.exhaustive for level in levels] == [True, True, False, False]
+    assert levels[-1].beam[0].tile == tile_at(LngLat(LNG[0], LAT[0]), 10)
+    within = parse_region("-20,40,20,50")
+    [levels], _, _ = find(KnownRows(D, index, None), bounded(), places=[0], within=within)
+    assert [level.exhaustive for level in levels] == [True, True, False, False]
+    assert levels[1].candidates <= len(parse_region("-10,40,20,50").tiles(6))
 
 
 def test_a_region_of_an_index(index):

@@ -40,7 +40,7 @@ from geoengine.engine.index.tile_index import (
 from geoengine.engine.manifest import encoder_name
 from geoengine.engine.pictures import HostEmbeddings, hand_on
 from geoengine.engine.regions import Region
-from geoengine.engine.regions.box import Overlap
+from geoengine.engine.regions.box import Overlap, searched_area
 from geoengine.engine.sources import TileSource
 from geoengine.engine.tiles import all_xy
 
@@ -66,21 +66,23 @@ def build_index(
 ) -> TileIndex:
     """Embed all tiles of some zooms that lie in an area, or only those of them on land, into a folder.
 
-    A folder that holds a part of the same index is completed, one that holds further levels of it gets more.
-    Tiles that the source lacks are noted and not asked for again. Raises TileIndexError for a folder that
-    holds another index, that another process builds, or for tiles that may not be kept; what the source and
-    the backend raise passes through, and the parts that are done stay.
+    Nothing is asked for outside the source's bounds. A folder that holds a part of the same index is
+    completed, one that holds other levels of it gets more. Tiles that the source lacks are noted and not
+    asked for again. Raises TileIndexError for a folder that holds another index, that another process builds,
+    or for tiles that may not be kept; what the source and the backend raise passes through, and the parts
+    that are done stay.
     """
     check_zooms(bundle, source, zooms)
+    region = searched_area(source, area)
     wanted = Description(
         maker=Maker.of(bundle, source, backend),
-        areas=(Area(land=land, within="" if area is None else area.name),),
+        areas=(Area(land=land, within="" if area is None or region is None else region.name),),
     )
     with building(folder):
         description = _begun(folder, wanted)
         for zoom in zooms:
             if zoom not in description.complete:
-                ids = np.sort(tile_ids(_tiles(zoom, area, land)))
+                ids = np.sort(tile_ids(_tiles(zoom, region, land)))
                 _build_level(folder, source, backend, zoom, ids, wanted.maker.width, progress)
                 description = description.with_level(zoom)
                 description.write(folder)

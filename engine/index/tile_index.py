@@ -80,7 +80,10 @@ def encoder_hash(bundle: EngineBundle) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Area:
-    """The tiles that an index was built for: those `within` a region, "" for the world; or `land` alone."""
+    """The tiles that an index was built for: those `within` a region, or of them only the `land`.
+
+    `within` is "" for all that the source has.
+    """
 
     land: bool = False
     within: str = ""
@@ -198,7 +201,10 @@ class TileIndex:
             )
 
     def table(self, zoom: int, area: Region | None) -> Table | None:
-        """Return all embeddings of a zoom's tiles in an area; None where the index may lack some of them."""
+        """Return all embeddings of a zoom's tiles in an area; None where the index may lack some of them.
+
+        Without an area, these are all tiles that the source has.
+        """
         if zoom not in self.description.complete:
             return None
         segment = self.segments[zoom][0]

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from geoengine.engine.regions import Region
+from geoengine.engine.sources import WORLD_BOUNDS, TileSource
 from geoengine.engine.tiles import LngLatBbox, XyArray, tile_count, xy_in_bbox
 
 
@@ -63,3 +64,11 @@ class Overlap:
     def intersects(self, z: int, xy: XyArray) -> npt.NDArray[np.bool_]:
         """Tell which of the tiles int64[n, 2] both overlap, bool[n]."""
         return self.first.intersects(z, xy) & self.second.intersects(z, xy)
+
+
+def searched_area(source: TileSource, within: Region | None) -> Region | None:
+    """Return the part of a region in which a source has tiles; None for all of the world."""
+    if source.bounds == WORLD_BOUNDS:
+        return within
+    bounds = Box(source.bounds)
+    return bounds if within is None else Overlap(within, bounds)
