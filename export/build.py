@@ -113,7 +113,7 @@ def build_engines(config: BuildConfig, progress: Progress | None = None) -> Buil
     is taken up again by the same call. With TensorRT and a GPU, the bundle is at last compiled for that GPU.
     Raises ExportError when the encoders cannot be loaded or exported, when the disk is too small, or when an
     encoder does not agree with PyTorch, BackendError when `config.backend` cannot run here; `config.out` is
-    then as before.
+    then as before. A KeyboardInterrupt says, if it says anything, which other command goes on.
     """
     require_extra("export", _NEEDED, "building engines")
     start = time.perf_counter()
@@ -149,6 +149,11 @@ def build_engines(config: BuildConfig, progress: Progress | None = None) -> Buil
             if config.backend == TENSORRT:
                 raise
             skipped[TENSORRT] = str(error)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"the bundle in {config.out} is whole, and only TensorRT's plans are missing: "
+                f"`geoengine build-engines --plans --out {config.out}` goes on with them"
+            ) from None
     bundle = EngineBundle.open(target, verify=False)
     report = make_report(bundle, results, skipped, time.perf_counter() - start)
     return replace(report, rows=report.rows + compiled)

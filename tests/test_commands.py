@@ -211,13 +211,20 @@ def test_build_engines_of_a_bundle_that_is_there(monkeypatch, tmp_path, option, 
     assert "onnx/trunk" in run("build-engines", option, "--out", tmp_path).stdout
 
 
-def test_an_interrupted_build_says_how_it_goes_on(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("interrupt", "told"),
+    [
+        (KeyboardInterrupt(), "the same command goes on with this build"),
+        (KeyboardInterrupt("another command goes on"), "another command goes on"),
+    ],
+)
+def test_an_interrupted_build_says_how_it_goes_on(monkeypatch, tmp_path, interrupt, told):
     from geoengine.export import build
 
     def interrupted(config, progress):
-        raise KeyboardInterrupt
+        raise interrupt
 
     monkeypatch.setattr(build, "build_engines", interrupted)
     result = run("build-engines", "--out", tmp_path)
     assert result.exit_code == 130
-    assert "the same command goes on with this build" in result.stderr
+    assert told in result.stderr

@@ -410,6 +410,19 @@ def test_a_folder_that_cannot_be_made(built, tmp_path):
         build_engines(BuildConfig(encoder_folder=built[0] / "set", out=tmp_path / "file" / "b"))
 
 
+def test_interrupted_plans_leave_a_whole_bundle_and_say_what_goes_on(built, monkeypatch, tmp_path):
+    def interrupt(path, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "compile_bundle", interrupt)
+    config = BuildConfig(
+        encoder_folder=built[0] / "set", precisions=("fp16",), levels=(4,), out=tmp_path / "b"
+    )
+    with pytest.raises(KeyboardInterrupt, match=r"is whole, .*build-engines --plans --out .*b`"):
+        build_engines(config)
+    EngineBundle.open(tmp_path / "b")
+
+
 class Killed(BaseException):
     """What nothing catches, as SIGKILL."""
 

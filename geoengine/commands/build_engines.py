@@ -79,8 +79,8 @@ def build_engines(
             )
             try:
                 report = build_engines(config, progress)
-            except KeyboardInterrupt:
-                complain("the same command goes on with this build")
+            except KeyboardInterrupt as interrupt:
+                complain(str(interrupt) or "the same command goes on with this build")
                 raise
     write_result(report_table(report))
     if report.random:
