@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from geoengine.engine.backends import BACKENDS, TENSORRT, Backend, open_backend
 from geoengine.engine.bundle import EngineBundle
-from geoengine.engine.errors import BackendError
+from geoengine.engine.errors import BackendError, ExportError
 from geoengine.export.parity import Measurement, measure
 from geoengine.export.reference import REFERENCE, Reference, checked_pairs, load_reference
 from geoengine.export.report import BuildReport, make_report
@@ -62,6 +62,13 @@ def check_backends(
     `opening` opens a backend. Returns the measurements, and why the other backends cannot run. Raises
     ExportError when a gate is not passed, BackendError when the backend `required` cannot run.
     """
+    missing = [pair for pair in pairs_of(bundle) if pair not in reference]
+    if missing:
+        encoder, side = missing[0]
+        raise ExportError(
+            f"{bundle.path / REFERENCE} has no embeddings of encoder {encoder} at {side} px to compare with: "
+            "build the bundle again"
+        )
     results: list[Measurement] = []
     skipped: dict[str, str] = {}
     for name in backends:
@@ -76,7 +83,7 @@ def check_backends(
             try:
                 for encoder, side in pairs_of(bundle):
                     steps(f"check encoder {encoder} at {side} px on {name}, {variant}")
-                    work = partial(_figures, backend, encoder, side, reference.get((encoder, side)))
+                    work = partial(_figures, backend, encoder, side, reference[encoder, side])
                     figures = noted(f"{name} {variant} {encoder} {side}", work)
                     results.append(Measurement.from_dict(figures))
             finally:
@@ -88,9 +95,7 @@ def check_backends(
     return results, skipped
 
 
-def _figures(
-    backend: Backend, encoder: str, side: int, expected: NDArray[np.float32] | None
-) -> dict[str, Any]:
+def _figures(backend: Backend, encoder: str, side: int, expected: NDArray[np.float32]) -> dict[str, Any]:
     return measure(backend, encoder, side, expected).to_dict()
 
 

@@ -30,8 +30,8 @@ _REPEATS = 3
 class Measurement:
     """One encoder at one picture side, run by one backend.
 
-    `cosines` are to PyTorch, one per picture, none where it was not compared; speed is in pictures per
-    second of trunk and head together, on this machine.
+    `cosines` are to PyTorch, one per picture; speed is in pictures per second of trunk and head together, on
+    this machine.
     """
 
     backend: str
@@ -51,7 +51,7 @@ class Measurement:
         return cls(**{**values, "variant": Variant(values["variant"]), "cosines": tuple(values["cosines"])})
 
 
-def measure(backend: Backend, encoder: str, side: int, expected: NDArray[np.float32] | None) -> Measurement:
+def measure(backend: Backend, encoder: str, side: int, expected: NDArray[np.float32]) -> Measurement:
     """Run an encoder on test pictures of `side` pixels, alone and in batches, and hold it to the gates.
 
     `expected` are PyTorch's embeddings of `check_pictures(side)`. Raises ExportError when a cosine is under
@@ -79,7 +79,7 @@ def measure(backend: Backend, encoder: str, side: int, expected: NDArray[np.floa
         variant=backend.variant,
         encoder=encoder,
         side=side,
-        cosines=() if expected is None else _cosines(embeddings, expected, backend.variant, what),
+        cosines=_cosines(embeddings, expected, backend.variant, what),
         images_per_second=len(full) / seconds,
     )
 

@@ -23,8 +23,8 @@ class ReportRow:
     artifact: str
     variant: str
     backend: str
-    min_cosine: float | None
-    mean_cosine: float | None
+    min_cosine: float
+    mean_cosine: float
     images_per_second: float
     bytes: int
 
@@ -86,8 +86,8 @@ def _row(file: str, result: Measurement, size: int) -> ReportRow:
         artifact=file,
         variant=result.variant,
         backend=result.backend,
-        min_cosine=min(cosines) if cosines else None,
-        mean_cosine=sum(cosines) / len(cosines) if cosines else None,
+        min_cosine=min(cosines),
+        mean_cosine=sum(cosines) / len(cosines),
         images_per_second=result.images_per_second,
         bytes=size,
     )

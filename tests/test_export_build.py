@@ -17,7 +17,7 @@ from geoengine.engine.backends import open_backend, tensorrt_runner
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, BundleError, ExportError, MissingExtraError
 from geoengine.engine.manifest import Variant
-from geoengine.export import build, encoders, onnx_graphs, parity, reference, staging
+from geoengine.export import build, check, encoders, onnx_graphs, parity, reference, staging
 from geoengine.export.build import BuildConfig, build_engines
 from geoengine.export.check import verify_bundle
 from geoengine.export.pictures import sample_pictures
@@ -275,9 +275,10 @@ def last_differs(embeddings):
     ],
 )
 def test_gates_on_batch_and_length(spoil, message):
+    expected = np.eye(1, 24, dtype=np.float32).repeat(reference.PICTURES, axis=0)
     with pytest.raises(ExportError, match=message):
-        parity.measure(FakeBackend(spoil), "photo", 16, None)
-    parity.measure(FakeBackend(lambda embeddings: embeddings), "photo", 16, None)
+        parity.measure(FakeBackend(spoil), "photo", 16, expected)
+    parity.measure(FakeBackend(lambda embeddings: embeddings), "photo", 16, expected)
 
 
 def test_verify_accepts_a_good_bundle_and_finds_damage(built, tmp_path):
@@ -292,6 +293,14 @@ def test_verify_accepts_a_good_bundle_and_finds_damage(built, tmp_path):
         verify_bundle(tmp_path / "out")
     with pytest.raises(BundleError, match="no engine bundle"):
         verify_bundle(tmp_path)
+
+
+def test_verify_wants_something_to_compare_every_encoder_with(built, monkeypatch):
+    known = reference.load_reference(built[0] / "bundle" / "reference.npz")
+    monkeypatch.delitem(known, ("z06", 16))
+    monkeypatch.setattr(check, "load_reference", lambda file: known)
+    with pytest.raises(ExportError, match="has no embeddings of encoder z06 at 16 px"):
+        verify_bundle(built[0] / "bundle")
 
 
 def test_places_that_a_bundle_must_not_go(built, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,34 @@ def picture_batches(
     for start in range(0, len(pixels), limit):
         batch = pixels[start : start + limit]
         yield trunk, np.stack([to_square(picture, size) for picture in batch]) if resized else batch
+
+
+class HostBackend(ABC):
+    """A backend that computes in ordinary memory: what ONNX Runtime and OpenVINO have in common."""
+
+    max_batch: int
+    variant: Variant
+    _bundle: EngineBundle
+
+    @abstractmethod
+    def _encode_batch(self, trunk: Path, head: Path, batch: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+    def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`.
+
+        Pictures of a side that the bundle has no trunk for are first brought to its image size.
+        """
+        head = self._bundle.head_path(encoder, self.variant)
+        embeddings = np.empty((len(pixels), self._bundle.embed_dim), dtype=np.float32)
+        done = 0
+        for trunk, batch in picture_batches(self._bundle, pixels, self.variant, self.max_batch):
+            embeddings[done : done + len(batch)] = self._encode_batch(trunk, head, batch)
+            done += len(batch)
+        return embeddings
+
+    def rows(self, encoder: str, capacity: int) -> HostRows:
+        """Return room for the embeddings of `capacity` pictures of one encoder."""
+        return HostRows(self.encode, encoder, capacity)
 
 
 class HostRows:

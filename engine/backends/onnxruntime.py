@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.backends import ONNXRUNTIME_CPU, choose_variant
-from geoengine.engine.backends.batches import HostRows, picture_batches
+from geoengine.engine.backends.batches import HostBackend
 from geoengine.engine.backends.sessions import Sessions, first_line, load_onnxruntime
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores
@@ -24,7 +24,7 @@ MAX_BATCH = 16
 at 112 pixels, and within 10 % of the fastest for ViT-B/32 at 224."""
 
 
-class OnnxRuntimeCpu:
+class OnnxRuntimeCpu(HostBackend):
     """Runs a bundle's graphs in ONNX Runtime on the CPU.
 
     Each graph is loaded when it is first needed, and shared by all threads that call `encode`.
@@ -48,27 +48,12 @@ class OnnxRuntimeCpu:
         """Raise BackendError when it cannot run on this machine, whatever the bundle."""
         load_onnxruntime()
 
-    def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`.
-
-        Pictures of a side that the bundle has no trunk for are first brought to its image size.
-        """
-        head = self._bundle.head_path(encoder, self.variant)
-        embeddings = np.empty((len(pixels), self._bundle.embed_dim), dtype=np.float32)
-        done = 0
-        for trunk, batch in picture_batches(self._bundle, pixels, self.variant, MAX_BATCH):
-            tokens = self._run(trunk, "tokens", batch)
-            embeddings[done : done + len(batch)] = self._run(head, "embedding", tokens)
-            done += len(batch)
-        return embeddings
-
-    def rows(self, encoder: str, capacity: int) -> HostRows:
-        """Return room for the embeddings of `capacity` pictures of one encoder."""
-        return HostRows(self.encode, encoder, capacity)
-
     def close(self) -> None:
         """Free the loaded graphs; `encode` raises BackendError afterwards."""
         self._sessions.close()
+
+    def _encode_batch(self, trunk: Path, head: Path, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._run(head, "embedding", self._run(trunk, "tokens", batch))
 
     def _configure(self, options: SessionOptions) -> None:
         options.intra_op_num_threads = self.threads

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.backends import OPENVINO, choose_variant
-from geoengine.engine.backends.batches import HostRows, picture_batches
+from geoengine.engine.backends.batches import HostBackend
 from geoengine.engine.backends.sessions import first_line
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores
@@ -24,7 +24,7 @@ MAX_BATCH = 32
 """Pictures in one run of a graph; bounds memory. Of 4 to 64 it was the fastest on two cores for ViT-B/32."""
 
 
-class OpenVino:
+class OpenVino(HostBackend):
     """Runs a bundle's int8 graphs in OpenVINO on the CPU.
 
     Each graph is compiled when it is first needed. One batch runs at a time, on all threads, whichever thread
@@ -50,30 +50,15 @@ class OpenVino:
         """Raise BackendError when it cannot run on this machine, whatever the bundle."""
         _load_openvino()
 
-    def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`.
-
-        Pictures of a side that the bundle has no trunk for are first brought to its image size.
-        """
-        head = self._bundle.head_path(encoder, self.variant)
-        embeddings = np.empty((len(pixels), self._bundle.embed_dim), dtype=np.float32)
-        done = 0
-        for trunk, batch in picture_batches(self._bundle, pixels, self.variant, MAX_BATCH):
-            with self._lock:  # results lie in the requests' memory until they run again
-                tokens = self._run(trunk, np.ascontiguousarray(batch))
-                embeddings[done : done + len(batch)] = self._run(head, tokens)
-            done += len(batch)
-        return embeddings
-
-    def rows(self, encoder: str, capacity: int) -> HostRows:
-        """Return room for the embeddings of `capacity` pictures of one encoder."""
-        return HostRows(self.encode, encoder, capacity)
-
     def close(self) -> None:
         """Free the compiled graphs; `encode` raises BackendError afterwards."""
         with self._lock:
             self._closed = True
             self._requests.clear()
+
+    def _encode_batch(self, trunk: Path, head: Path, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with self._lock:  # results lie in the requests' memory until they run again
+            return self._run(head, self._run(trunk, np.ascontiguousarray(batch))).copy()
 
     def _run(self, path: Path, value: NDArray[Any]) -> NDArray[np.float32]:
         if self._closed:

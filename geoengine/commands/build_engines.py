@@ -95,9 +95,6 @@ def report_table(report: BuildReport) -> str:
 
     from geoengine.engine.render.table import printable, text_of
 
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
     title = (
         f"{printable(str(report.path))}: {report.model}/{report.pretrained}, world {report.world}, "
         f"{report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s"
@@ -111,8 +108,8 @@ def report_table(report: BuildReport) -> str:
         table.add_row(
             printable(row.artifact),
             row.backend,
-            number(row.min_cosine, ".6f"),
-            number(row.mean_cosine, ".6f"),
+            f"{row.min_cosine:.6f}",
+            f"{row.mean_cosine:.6f}",
             f"{row.images_per_second:.1f}",
         )
     skipped = [Text(printable(f"not run by {name}: {reason}")) for name, reason in report.skipped]
