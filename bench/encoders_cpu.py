@@ -194,6 +194,15 @@ def _contenders(tower: Any, mean: Any, std: Any, folder: Path) -> dict[str, Enco
     }
 
 
+class _MemoryBundle(EngineBundle):
+    """A bundle whose manifest is in no file, so that nobody can replace it."""
+
+    __slots__ = ()
+
+    def check_unchanged(self) -> None:
+        """Accept it as it is."""
+
+
 def _bundle(folder: Path, graphs: Mapping[Variant, tuple[dict[int, Path], dict[str, Path]]]) -> EngineBundle:
     """Return a bundle of the photo encoder alone, in memory."""
     manifest = Manifest(
@@ -222,7 +231,7 @@ def _bundle(folder: Path, graphs: Mapping[Variant, tuple[dict[int, Path], dict[s
         tools={},
         parity={},
     )
-    return EngineBundle(folder, manifest)
+    return _MemoryBundle(folder, manifest)
 
 
 def _torch(tower: Any, mean: Any, std: Any, dtype: Any) -> Encode:  # noqa: ANN401
