@@ -309,16 +309,12 @@ def _graph_paths(
 
 
 def _preferred(results: Sequence[Measurement]) -> dict[str, str]:
-    """Return, by backend that ran several variants of one precision, the one that was faster in all."""
-    seconds: dict[tuple[str, str], float] = {}
+    """Return the variant that ONNX Runtime ran fastest on the GPU, by the backend's name; {} without a GPU."""
+    seconds: dict[str, float] = {}
     for result in results:
         if result.backend == ONNXRUNTIME_CUDA:
-            key = result.backend, result.variant
-            seconds[key] = seconds.get(key, 0.0) + 1 / result.images_per_second
-    best: dict[str, str] = {}
-    for backend, variant in sorted(seconds, key=lambda key: -seconds[key]):
-        best[backend] = variant
-    return best
+            seconds[result.variant] = seconds.get(result.variant, 0.0) + 1 / result.images_per_second
+    return {ONNXRUNTIME_CUDA: min(seconds, key=seconds.__getitem__)} if seconds else {}
 
 
 def _weights_digest(encoders: EncoderSet) -> str:

@@ -498,3 +498,16 @@ def test_a_lock_in_a_folder_that_has_gone_is_not_held(monkeypatch, tmp_path):
         assert len(calls) == 2
         with pytest.raises(ExportError, match="is running"), locked(target):
             pass
+
+
+def test_the_faster_of_two_forms_is_preferred_on_a_gpu():
+    def measured(backend, variant, speed):
+        return parity.Measurement(
+            backend=backend, variant=variant, encoder="z04", side=16, cosines=(), images_per_second=speed
+        )
+
+    cpu = measured("onnxruntime-cpu", Variant.fp16_attention, 9000.0)
+    both = [measured("onnxruntime-cuda", Variant.fp16, 40.0), measured("onnxruntime-cuda", Variant.fp16, 5.0)]
+    both += [measured("onnxruntime-cuda", Variant.fp16_attention, 9.0)] * 2
+    assert build._preferred([cpu]) == {}
+    assert build._preferred([cpu, *both]) == {"onnxruntime-cuda": "fp16-attention"}
