@@ -309,7 +309,7 @@ def _graph_paths(
 
 
 def _preferred(results: Sequence[Measurement]) -> dict[str, str]:
-    """Return the variant that ONNX Runtime ran fastest on the GPU, by the backend's name; {} without a GPU."""
+    """Return which variant ONNX Runtime ran fastest on the GPU, by the backend's name; {} without one."""
     seconds: dict[str, float] = {}
     for result in results:
         if result.backend == ONNXRUNTIME_CUDA:
