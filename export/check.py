@@ -127,8 +127,8 @@ def compile_bundle(path: str | Path, *, max_batch: int, progress: Progress | Non
     """Compile a bundle's fp16 graphs with TensorRT for this machine's GPU, and hold the plans to the gates.
 
     `max_batch` is the largest number of pictures that the plans take at once. Raises BackendError when
-    TensorRT cannot run here, ExportError when a graph cannot be compiled or a plan fails a check; the plans
-    are then removed.
+    TensorRT cannot run here or the GPU has no room, ExportError when a graph cannot be compiled, or when a
+    plan fails a check, which removes the plans. Plans that were not checked are refused until they have been.
     """
     from geoengine.engine.backends.tensorrt import TensorRt
     from geoengine.export.tensorrt import build_plans, mark_checked, remove_plans
@@ -148,7 +148,7 @@ def compile_bundle(path: str | Path, *, max_batch: int, progress: Progress | Non
             bundle, reference, steps, backends=(TENSORRT,), required=TENSORRT, opening=unchecked
         )
         mark_checked(bundle)
-    except Exception:
+    except ExportError:
         remove_plans(bundle)
         raise
     steps("")

@@ -305,6 +305,20 @@ def test_the_gates_decide_whether_plans_stay(bundle, monkeypatch, gate):
         assert find_plans(bundle, MACHINE).checked
 
 
+def test_a_check_without_room_on_the_gpu_keeps_the_plans_unchecked(bundle, monkeypatch):
+    class Full:
+        def __init__(self, bundle, **options):
+            raise BackendError("the GPU has no room")
+
+    monkeypatch.setattr(backend_module, "TensorRt", Full)
+    monkeypatch.setattr(check, "load_reference", lambda file: dict.fromkeys(check.pairs_of(bundle)))
+    with pytest.raises(BackendError, match="no room"):
+        check.compile_bundle(bundle.path, max_batch=64)
+    assert (bundle.path / FOLDER).exists()
+    with pytest.raises(BackendError, match="--plans"):
+        find_plans(bundle, MACHINE)
+
+
 def swap(old, new):
     return lambda text: text.replace(old, new, 1)
 
