@@ -23,7 +23,7 @@ from geoengine.engine.photos import Photo, read_photo
 from geoengine.engine.preprocess import to_square
 from geoengine.engine.regions import Region, RegionError
 from geoengine.engine.results import Candidate, Level, Location, ScoredTile
-from geoengine.engine.search import Progress, SearchConfig, levels_of, search
+from geoengine.engine.search import LevelDone, Progress, SearchConfig, levels_of, search
 from geoengine.engine.sources import TileSource, open_source
 from geoengine.engine.tiles import Tile, center, centers, great_circle_km_array, half_diagonal_km, parent
 
@@ -135,13 +135,15 @@ class GeoEngine:
         *,
         config: SearchConfig = DEFAULT_CONFIG,
         progress: Progress | None = None,
+        on_level: LevelDone | None = None,
     ) -> list[Location]:
         """Return where each photo may have been taken, in the order of the photos.
 
         Photos of one call share the tiles that they have in common, and each result is the one that the photo
-        would have got alone. `progress` is called as `Progress` says. Raises PhotoError for a photo that
-        cannot be read (use `read_photo` first to go on with the others), TileError for a level without an
-        encoder, and what the tile source and the backend raise.
+        would have got alone. `progress` and `on_level` are called as `Progress` and `LevelDone` say.
+
+        Raises PhotoError for a photo that cannot be read (use `read_photo` first to go on with the others),
+        TileError for a level without an encoder, and what the source, the backend and the callbacks raise.
         """
         if isinstance(photos, str | bytes | os.PathLike | np.ndarray | Photo):
             raise TypeError(f"locate takes a list of photos, got one {type(photos).__name__}")
@@ -150,7 +152,15 @@ class GeoEngine:
         start = time.perf_counter()
         read = [self.prepare(photo) for photo in photos]
         embeddings = self.embed_photos(read)
-        found = search(embeddings, self.source, self.backend, config, known=self.known, progress=progress)
+        found = search(
+            embeddings,
+            self.source,
+            self.backend,
+            config,
+            known=self.known,
+            progress=progress,
+            on_level=on_level,
+        )
         seconds = (time.perf_counter() - start) / max(1, len(read))
         return [
             self._location(photo, levels, config, seconds) for photo, levels in zip(read, found, strict=True)

@@ -25,6 +25,9 @@ from geoengine.kernels import cosine_topk
 Progress: TypeAlias = Callable[[int, int, int, int], None]
 """(level index, zoom, tiles done, tiles in all), often; a level's last call has as many done as there are."""
 
+LevelDone: TypeAlias = Callable[[int, Level], None]
+"""(photo's row, its level), as soon as a level is ranked; levels without a tile are left out."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
@@ -64,6 +67,7 @@ def search(
     *,
     known: KnownRows | None = None,
     progress: Progress | None = None,
+    on_level: LevelDone | None = None,
 ) -> list[tuple[Level, ...]]:
     """Descend the tile pyramid for each photo, float32[p, d], and return the photo's levels, coarse to fine.
 
@@ -108,6 +112,8 @@ def search(
         for photo, level in ranked:
             if level.beam:
                 found[photo].append(level)
+                if on_level is not None:
+                    on_level(photo, level)
         if index == 0 and not any(found):
             raise SourceError(_nothing_found(source, zoom, config))
     return [

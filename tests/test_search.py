@@ -15,9 +15,9 @@ from geoengine.engine.sources import TileBatch
 from geoengine.engine.tiles import LEVELS, Tile, children, descendants, xy_at
 
 
-def search(photos, source, encode, config, *, progress=None, batch=32):
+def search(photos, source, encode, config, *, batch=32, **callbacks):
     """A search whose encoders are a function (encoder, uint8[n, S, S, 3]) -> float32[n, d]."""
-    return search_module.search(photos, source, HostEncoders(encode, batch), config, progress=progress)
+    return search_module.search(photos, source, HostEncoders(encode, batch), config, **callbacks)
 
 
 def random_places(count, seed):
@@ -261,6 +261,18 @@ def test_no_tile_at_the_first_level():
 
 
 # --- progress, errors, threads ----------------------------------------------------------------------------
+
+
+def test_levels_are_told_as_they_are_ranked():
+    told = [[], []]
+    found = search(
+        random_photos(2),
+        AddressTiles(),
+        hashed_encode,
+        SearchConfig(k=2, levels=(2, 4)),
+        on_level=lambda photo, level: told[photo].append(level),
+    )
+    assert [tuple(levels) for levels in told] == found
 
 
 def test_progress_of_every_level():

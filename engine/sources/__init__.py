@@ -13,9 +13,6 @@ from geoengine.engine.tiles import MAX_LATITUDE_DEG, LngLatBbox
 WORLD_BOUNDS = LngLatBbox(-180.0, -MAX_LATITUDE_DEG, 180.0, MAX_LATITUDE_DEG)
 """The whole map."""
 
-WORLD_BOUNDS = LngLatBbox(-180.0, -MAX_LATITUDE_DEG, 180.0, MAX_LATITUDE_DEG)
-"""The whole map."""
-
 _WHAT_A_SOURCE_IS = (
     "a tile source is a URL template such as https://host/{z}/{x}/{y}.png, "
     "an .mbtiles or .pmtiles file, a folder of z/x/y.png tiles, or the word planet"

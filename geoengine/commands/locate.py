@@ -14,6 +14,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from geoengine.commands.levels import parse_levels
+from geoengine.commands.options import (
+    BackendOption,
+    BundleOption,
+    DeadlineOption,
+    IndexOption,
+    KOption,
+    LevelsOption,
+    MegapixelsOption,
+    OverzoomOption,
+    PrecisionOption,
+    ThreadsOption,
+    TilesOption,
+    WithinOption,
+)
 from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
 from geoengine.engine.errors import GeoEngineError, PhotoError, SourceError
 
@@ -31,42 +45,6 @@ _TILES_EXAMPLE = (
     "--tiles 'https://tiles.example.org/{z}/{x}/{y}.jpg', --tiles world.mbtiles or --tiles folder/"
 )
 
-_Levels = Annotated[
-    str | None,
-    typer.Option(help="Zooms to search, such as 4,6,8 or 4-16 (every second one). Default: all."),
-]
-_Within = Annotated[
-    str | None,
-    typer.Option(
-        help="Search only here: west,south,east,north in degrees, a GeoJSON file, or an ISO country code."
-    ),
-]
-_Bundle = Annotated[
-    str | None,
-    typer.Option(help="Engine bundle folder, or planet. Default: engines/, then the data folder."),
-]
-_Tiles = Annotated[
-    str | None,
-    typer.Option(
-        help="Map tiles: a URL template with {z} {x} {y}, an .mbtiles or .pmtiles file, a folder, planet, "
-        "a preset, or a .toml description of a server."
-    ),
-]
-_Index = Annotated[
-    Path | None,
-    typer.Option(help="Tile index: levels in it are scored whole. See geoengine index.", metavar="DIR"),
-]
-_Deadline = Annotated[
-    float | None,
-    typer.Option(help="Seconds after which a level is scored with the tiles that have arrived."),
-]
-_Precision = Annotated[
-    str | None, typer.Option(help="fp32, fp16 or int8. Default: the bundle's fastest for the backend.")
-]
-_Backend = Annotated[
-    str,
-    typer.Option(help="tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu; auto: the first to run."),
-]
 _MapFile = Annotated[
     Path | None, typer.Option("--map", help="Also write a self-contained HTML map.", metavar="FILE.html")
 ]
@@ -103,21 +81,19 @@ def locate(
     demo: Annotated[
         bool, typer.Option("--demo", help="Search the built-in demo planet, which is not Earth.")
     ] = False,
-    k: Annotated[int, typer.Option("--k", help="Beam width: tiles kept after each level.")] = 16,
-    levels: _Levels = None,
+    k: KOption = 16,
+    levels: LevelsOption = None,
     top: Annotated[int, typer.Option(help="Candidates reported per photo.")] = 5,
-    within: _Within = None,
-    bundle: _Bundle = None,
-    tiles: _Tiles = None,
-    index: _Index = None,
-    overzoom: Annotated[
-        bool, typer.Option("--overzoom", help="Enlarge coarser tiles where the source has none.")
-    ] = False,
-    deadline: _Deadline = None,
-    backend: _Backend = "auto",
-    precision: _Precision = None,
-    threads: Annotated[int | None, typer.Option(help="Encoder threads. Default: all cores.")] = None,
-    max_megapixels: Annotated[float, typer.Option(help="Larger photos are refused before decoding.")] = 100.0,
+    within: WithinOption = None,
+    bundle: BundleOption = None,
+    tiles: TilesOption = None,
+    index: IndexOption = None,
+    overzoom: OverzoomOption = False,
+    deadline: DeadlineOption = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
+    max_megapixels: MegapixelsOption = 100.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per photo and line.")] = False,
     as_geojson: Annotated[bool, typer.Option("--geojson", help="One GeoJSON FeatureCollection.")] = False,
     map_file: _MapFile = None,

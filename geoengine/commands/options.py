@@ -1,0 +1,51 @@
+"""Command line options that several commands take: one text for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+LevelsOption = Annotated[
+    str | None,
+    typer.Option(help="Zooms to search, such as 4,6,8 or 4-16 (every second one). Default: all."),
+]
+WithinOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Search only here: west,south,east,north in degrees, a GeoJSON file, or an ISO country code."
+    ),
+]
+BundleOption = Annotated[
+    str | None,
+    typer.Option(help="Engine bundle folder, or planet. Default: engines/, then the data folder."),
+]
+TilesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Map tiles: a URL template with {z} {x} {y}, an .mbtiles or .pmtiles file, a folder, planet, "
+        "a preset, or a .toml description of a server."
+    ),
+]
+IndexOption = Annotated[
+    Path | None,
+    typer.Option(help="Tile index: levels in it are scored whole. See geoengine index.", metavar="DIR"),
+]
+DeadlineOption = Annotated[
+    float | None,
+    typer.Option(help="Seconds after which a level is scored with the tiles that have arrived."),
+]
+PrecisionOption = Annotated[
+    str | None, typer.Option(help="fp32, fp16 or int8. Default: the bundle's fastest for the backend.")
+]
+BackendOption = Annotated[
+    str,
+    typer.Option(help="tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu; auto: the first to run."),
+]
+KOption = Annotated[int, typer.Option("--k", help="Beam width: tiles kept after each level.")]
+OverzoomOption = Annotated[
+    bool, typer.Option("--overzoom", help="Enlarge coarser tiles where the source has none.")
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="Encoder threads. Default: all cores.")]
+MegapixelsOption = Annotated[float, typer.Option(help="Larger photos are refused before decoding.")]
