@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from PIL.ImageFile import ImageFile
 
-_PHOTO_NAME = re.compile(r"[^.].*\.(avif|bmp|gif|heic|heif|hif|jfif|jpe?g|png|tiff?|webp)", re.IGNORECASE)
+PHOTO_NAME = re.compile(r"[^.].*\.(avif|bmp|gif|heic|heif|hif|jfif|jpe?g|png|tiff?|webp)", re.IGNORECASE)
+"""Names of image files that are not hidden."""
+
 _KINDS = "JPEG, PNG, WebP, TIFF, AVIF, HEIC, GIF, BMP"
 _HEADER_BYTES = 256  # enough for the list of brands that tells AVIF from HEIC
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
@@ -80,7 +82,7 @@ def read_photo(
         _check_size(source.size, name, limits)
         return Photo(name, _read_image(source, name))
     name = name or _default_name(source)
-    with _opened(source, name) as stream:
+    with opened_photo(source, name) as stream:
         try:
             image = _open_image(stream, name)
         except _UnknownLayout:
@@ -96,7 +98,7 @@ def read_gps(source: str | os.PathLike[str] | bytes) -> LngLat | None:
     file cannot be opened as an image.
     """
     name = _default_name(source)
-    with _opened(source, name) as stream:
+    with opened_photo(source, name) as stream:
         try:
             image = _open_image(stream, name)
         except _UnknownLayout:
@@ -125,17 +127,13 @@ def expand_photo_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
                 path.stat()
                 found.append(path)
                 continue
-            inside = sorted(p for p in path.iterdir() if _looks_like_photo(p))
+            inside = sorted(p for p in path.iterdir() if PHOTO_NAME.fullmatch(p.name) and p.is_file())
         except (OSError, ValueError) as error:
             raise PhotoError(f"{path}: {_why_not_opened(error)}") from error
         if not inside:
             raise PhotoError(f"{path}: the folder has no images directly in it ({_KINDS})")
         found += inside
     return found
-
-
-def _looks_like_photo(path: Path) -> bool:
-    return _PHOTO_NAME.fullmatch(path.name) is not None and path.is_file()
 
 
 # --- opening -----------------------------------------------------------------------------------------------
@@ -163,7 +161,8 @@ def _default_name(source: str | os.PathLike[str] | bytes) -> str:
 
 
 @contextmanager
-def _opened(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[BinaryIO]:
+def opened_photo(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[BinaryIO]:
+    """Open a photo's file, or its bytes, for reading; `name` is for messages. Raises PhotoError."""
     if isinstance(source, bytes):
         yield BytesIO(source)
         return
