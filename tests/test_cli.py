@@ -133,7 +133,7 @@ def test_a_folder_stands_for_its_photos(engine, photo, tmp_path):
 
 
 def test_many_photos_are_searched_in_batches(engine, photo, monkeypatch):
-    monkeypatch.setattr("geoengine.commands.locate.PHOTOS_PER_SEARCH", 2)
+    monkeypatch.setattr("geoengine.engine.bulk.stream.PHOTOS_PER_SEARCH", 2)
     result = run("locate", *[photo] * 5, "--demo", "--json")
     assert [len(names) for names, _ in engine.calls] == [2, 2, 1]
     assert len(result.stdout.splitlines()) == 5
@@ -159,11 +159,11 @@ def test_a_map_without_pictures_is_better_than_none(engine, photo, tmp_path, mon
 
 
 def test_gps_tags_are_read_only_when_asked(engine, photo, monkeypatch):
-    def read_gps(path):
+    def read_gps(data):
         assert asked, "read without being asked"
         return LngLat(-148.2, 38.3)
 
-    monkeypatch.setattr("geoengine.engine.photos.read_gps", read_gps)
+    monkeypatch.setattr("geoengine.engine.bulk.stream.read_gps", read_gps)
     asked = False
     unasked = run("locate", photo, "--demo")
     assert unasked.exit_code == 0 and "GPS" not in unasked.stdout
@@ -291,7 +291,7 @@ def test_a_search_that_fails_ends_in_one_sentence(engine, photo):
 
 
 def test_a_later_search_that_fails_keeps_the_results_before(engine, photo, monkeypatch):
-    monkeypatch.setattr("geoengine.commands.locate.PHOTOS_PER_SEARCH", 1)
+    monkeypatch.setattr("geoengine.engine.bulk.stream.PHOTOS_PER_SEARCH", 1)
     first = engine.locate
 
     def locate_once(*arguments, **options):

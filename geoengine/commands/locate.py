@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geoengine.commands.levels import parse_levels
 from geoengine.commands.options import (
     BackendOption,
     BundleOption,
@@ -28,22 +25,15 @@ from geoengine.commands.options import (
     TilesOption,
     WithinOption,
 )
+from geoengine.commands.orders import EngineOrder, SearchOrder, search_config
 from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
-from geoengine.engine.errors import GeoEngineError, PhotoError, SourceError
+from geoengine.engine.errors import GeoEngineError, SourceError
 
 if TYPE_CHECKING:
+    from geoengine.engine.bulk.items import Items
+    from geoengine.engine.bulk.stream import Outcome
     from geoengine.engine.engine import GeoEngine
-    from geoengine.engine.photos import Photo, PhotoLimits
     from geoengine.engine.results import Location
-    from geoengine.engine.search import SearchConfig
-
-PHOTOS_PER_SEARCH = 64
-"""Photos searched together: enough to share tiles, few enough that a folder's first results come early."""
-
-_TILES_EXAMPLE = (
-    "give the map tiles to search with --tiles, for example "
-    "--tiles 'https://tiles.example.org/{z}/{x}/{y}.jpg', --tiles world.mbtiles or --tiles folder/"
-)
 
 _MapFile = Annotated[
     Path | None, typer.Option("--map", help="Also write a self-contained HTML map.", metavar="FILE.html")
@@ -77,7 +67,12 @@ class Output(StrEnum):
 
 
 def locate(
-    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of photos.", metavar="PHOTO")],
+    photos: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Photos, folders, .csv, .tsv or .parquet tables, WebDataset tars.", metavar="PHOTO"
+        ),
+    ],
     demo: Annotated[
         bool, typer.Option("--demo", help="Search the built-in demo planet, which is not Earth.")
     ] = False,
@@ -108,71 +103,33 @@ def locate(
     Exit status: 0 all photos were located; 1 some were not; 2 none was, or the command line was wrong.
     """
     output = _output(as_json, as_geojson)
-    config = _config(k, levels, top, within, deadline, overzoom)
-    order = Order.parse(demo, bundle, tiles, index, config, levels is None, max_megapixels)
+    config = search_config(k, levels, top, within, deadline, overzoom)
+    engine_order = EngineOrder.parse(demo, bundle, tiles, index, backend, precision, threads)
+    order = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif)
     if map_file is not None:
         _check_writable(map_file)
-    session = Session(order, compare_exif)
-    paths = session.find(photos)
-    with session.open(backend, precision, threads) as engine:
-        for batch in session.locate(engine, paths):
+    session = Session(order)
+    found = session.find(photos)
+    kept: list[Location] = []  # what is written at the end, when all is there
+    with engine_order.open() as engine:
+        for batch in session.locate(engine, found):
             if output is not Output.GEOJSON:
                 write_result(output.text(batch))
-        if session.located and output is Output.GEOJSON:
-            write_result(output.text(session.located))
-        if session.located and map_file is not None:
-            _write_map(map_file, session.located, engine)
+            if output is Output.GEOJSON or map_file is not None:
+                kept += batch
+        if kept and output is Output.GEOJSON:
+            write_result(output.text(kept))
+        if kept and map_file is not None:
+            _write_map(map_file, kept, engine)
     raise typer.Exit(session.status)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
-    """What is searched, checked before anything is opened; `all_levels` are those that the bundle has."""
-
-    bundle: str | None
-    tiles: str | None
-    index: Path | None
-    config: SearchConfig
-    all_levels: bool
-    limits: PhotoLimits
-
-    @classmethod
-    def parse(
-        cls,
-        demo: bool,
-        bundle: str | None,
-        tiles: str | None,
-        index: Path | None,
-        config: SearchConfig,
-        all_levels: bool,
-        max_megapixels: float,
-    ) -> Order:
-        """Check the options against each other; raises GeoEngineError."""
-        from geoengine.engine.photos import PhotoLimits
-
-        if demo and (bundle is not None or tiles is not None):
-            raise GeoEngineError(
-                "--demo means --bundle planet --tiles planet already: leave out those two, or --demo"
-            )
-        if not 0 < max_megapixels <= 1e6:
-            raise GeoEngineError(f"--max-megapixels must be above 0, got {max_megapixels:g}")
-        return cls(
-            bundle="planet" if demo else bundle,
-            tiles="planet" if demo else tiles,
-            index=index,
-            config=config,
-            all_levels=all_levels,
-            limits=PhotoLimits(max_pixels=max(1, round(max_megapixels * 1e6))),
-        )
 
 
 class Session:
     """One run of the command: photos that fail are reported and counted, and the others located."""
 
-    def __init__(self, order: Order, compare_exif: bool) -> None:
+    def __init__(self, order: SearchOrder) -> None:
         self.order = order
-        self.compare_exif = compare_exif
-        self.located: list[Location] = []
+        self.located = 0
         self.failed = 0
 
     @property
@@ -182,119 +139,69 @@ class Session:
             return Exit.FAILED
         return Exit.SOME_FAILED if self.failed else Exit.DONE
 
-    def find(self, given: Iterable[Path]) -> list[Path]:
-        """Return the photos that files and folders stand for; without any, ends the command."""
-        from geoengine.engine.photos import expand_photo_paths
+    def find(self, given: Iterable[Path]) -> Items:
+        """Return the photos that files, folders, tables and tars stand for; without any, ends the command."""
+        from geoengine.engine.bulk.items import Items
+        from geoengine.engine.photo_sets import open_photo_set
 
-        found: list[Path] = []
-        for path in given:
+        sets = []
+        for spec in given:
             try:
-                found += expand_photo_paths([path])
-            except PhotoError as error:
-                self._fail(error)
-        if not found:
+                sets.append(open_photo_set(spec))
+            except GeoEngineError as error:
+                self._fail(str(error))
+        if not sets:
             raise typer.Exit(Exit.FAILED)
-        return found
+        return Items(sets)
 
-    def open(self, backend: str, precision: str | None, threads: int | None) -> GeoEngine:
-        """Open the engine; raises GeoEngineError."""
-        with waiting("loading the encoders"):
-            from geoengine.engine.bundle import EngineBundle, resolve_bundle
-            from geoengine.engine.engine import GeoEngine
-            from geoengine.engine.index.known_rows import row_cache_folder
-
-            bundle = resolve_bundle(self.order.bundle)
-            of_planet = EngineBundle.open(bundle, verify=False).world == "planet"
-            if self.order.tiles is None and not of_planet:
-                raise SourceError(_TILES_EXAMPLE)
-            return GeoEngine.open(
-                bundle,
-                self.order.tiles,
-                backend=backend,
-                precision=precision,
-                threads=threads,
-                index=self.order.index,
-                row_cache=None if of_planet else row_cache_folder(),
-            )
-
-    def locate(self, engine: GeoEngine, paths: Iterable[Path]) -> Iterator[list[Location]]:
+    def locate(self, engine: GeoEngine, photos: Items) -> Iterator[list[Location]]:
         """Yield the results of some photos at a time; after the first ones, a failing search just ends it."""
-        rest = iter(paths)
-        while chunk := list(itertools.islice(rest, PHOTOS_PER_SEARCH)):
-            readable = [(path, photo) for path in chunk if (photo := self._read(engine, path)) is not None]
-            if not readable:
-                continue
+        from geoengine.engine.bulk.stream import Failure, locate_stream
+
+        numbered = ((0, item) for item in photos)
+        shown = _Shown()
+        with contextlib.closing(
+            locate_stream(engine, numbered, self.order.search(engine.bundle), shown.search)
+        ) as stream:
             try:
-                batch = self._search(engine, [photo for _, photo in readable])
+                while (outcomes := shown.next(stream)) is not None:
+                    for failure in (outcome for outcome in outcomes if isinstance(outcome, Failure)):
+                        self._fail(failure.reason)
+                    batch = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
+                    self.located += len(batch)
+                    if batch:
+                        yield batch
             except GeoEngineError as error:
                 if not self.located:
                     raise
-                self._fail(error)
-                return
-            if self.compare_exif:
-                batch = [_compared(place, path) for place, (path, _) in zip(batch, readable, strict=True)]
-            self.located += batch
-            yield batch
+                self._fail(str(error))
 
-    def _read(self, engine: GeoEngine, path: Path) -> Photo | None:
-        from geoengine.engine.photos import read_photo
-
-        try:
-            photo = read_photo(path, limits=self.order.limits)
-        except PhotoError as error:
-            self._fail(error)
-            return None
-        return engine.prepare(photo)  # which leaves a square alone when the engine does it again
-
-    def _search(self, engine: GeoEngine, photos: list[Photo]) -> list[Location]:
-        config = self.order.config
-        if self.order.all_levels:
-            config = dataclasses.replace(config, levels=engine.bundle.levels)
-        with progress_bar("embedding the photos") as show:
-            return engine.locate(
-                photos,
-                config=config,
-                progress=lambda index, zoom, done, total: show(
-                    f"level {index + 1}, zoom {zoom}", done, total
-                ),
-            )
-
-    def _fail(self, error: GeoEngineError) -> None:
-        complain(str(error))
+    def _fail(self, reason: str) -> None:
+        complain(reason)
         self.failed += 1
 
 
-def _config(
-    k: int, levels: str | None, top: int, within: str | None, deadline: float | None, overzoom: bool
-) -> SearchConfig:
-    from geoengine.engine.regions import parse_region
-    from geoengine.engine.search import SearchConfig
-    from geoengine.engine.tiles import LEVELS
+class _Shown:
+    """A progress bar that is there only while photos are read and searched, not while results are written."""
 
-    return SearchConfig(
-        k=k,
-        levels=LEVELS if levels is None else parse_levels(levels),
-        top=top,
-        within=None if within is None else parse_region(within),
-        deadline_s=deadline,
-        overzoom=overzoom,
-    )
+    def __init__(self) -> None:
+        self._show: Callable[[str, int, int | None], None] = lambda description, done, total: None
+
+    def next(self, stream: Iterator[tuple[int, list[Outcome]]]) -> list[Outcome] | None:
+        """Return what became of the next photos, None after the last ones."""
+        with progress_bar("reading the photos") as self._show:
+            _, outcomes = next(stream, (0, None))
+        return outcomes
+
+    def search(self, index: int, zoom: int, done: int, total: int) -> None:
+        """Show how far a search is."""
+        self._show(f"level {index + 1}, zoom {zoom}", done, total)
 
 
 def _output(as_json: bool, as_geojson: bool) -> Output:
     if as_json and as_geojson:
         raise GeoEngineError("--json and --geojson exclude each other: choose one")
     return Output.JSON if as_json else Output.GEOJSON if as_geojson else Output.TABLE
-
-
-def _compared(location: Location, path: Path) -> Location:
-    from geoengine.engine.photos import read_gps
-    from geoengine.engine.results import ExifComparison
-    from geoengine.engine.tiles import great_circle_km
-
-    tag = read_gps(path)
-    distance_km = None if tag is None else great_circle_km(location.point, tag)
-    return dataclasses.replace(location, exif=ExifComparison(distance_km=distance_km))
 
 
 def _check_writable(path: Path) -> None:

@@ -1,0 +1,131 @@
+"""What commands are told to search with, and how: their options, checked before anything is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geoengine.commands.levels import parse_levels
+from geoengine.commands.terminal import waiting
+from geoengine.engine.errors import GeoEngineError, SourceError
+
+if TYPE_CHECKING:
+    from geoengine.engine.bulk.stream import PhotoSearch
+    from geoengine.engine.bundle import EngineBundle
+    from geoengine.engine.engine import GeoEngine
+    from geoengine.engine.photos import PhotoLimits
+    from geoengine.engine.search import SearchConfig
+
+_TILES_EXAMPLE = (
+    "give the map tiles to search with --tiles, for example "
+    "--tiles 'https://tiles.example.org/{z}/{x}/{y}.jpg', --tiles world.mbtiles or --tiles folder/"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOrder:
+    """What photos are searched with; checked before anything is opened."""
+
+    bundle: str | None
+    tiles: str | None
+    index: Path | None
+    backend: str
+    precision: str | None
+    threads: int | None
+
+    @classmethod
+    def parse(
+        cls,
+        demo: bool,
+        bundle: str | None,
+        tiles: str | None,
+        index: Path | None,
+        backend: str,
+        precision: str | None,
+        threads: int | None,
+    ) -> EngineOrder:
+        """Check the options against each other; raises GeoEngineError."""
+        if demo and (bundle is not None or tiles is not None):
+            raise GeoEngineError(
+                "--demo means --bundle planet --tiles planet already: leave out those two, or --demo"
+            )
+        return cls(
+            bundle="planet" if demo else bundle,
+            tiles="planet" if demo else tiles,
+            index=index,
+            backend=backend,
+            precision=precision,
+            threads=threads,
+        )
+
+    def open(self) -> GeoEngine:
+        """Open the engine; raises GeoEngineError."""
+        with waiting("loading the encoders"):
+            from geoengine.engine.bundle import EngineBundle, resolve_bundle
+            from geoengine.engine.engine import GeoEngine
+            from geoengine.engine.index.known_rows import row_cache_folder
+
+            bundle = resolve_bundle(self.bundle)
+            of_planet = EngineBundle.open(bundle, verify=False).world == "planet"
+            if self.tiles is None and not of_planet:
+                raise SourceError(_TILES_EXAMPLE)
+            return GeoEngine.open(
+                bundle,
+                self.tiles,
+                backend=self.backend,
+                precision=self.precision,
+                threads=self.threads,
+                index=self.index,
+                row_cache=None if of_planet else row_cache_folder(),
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchOrder:
+    """How photos are read and searched; with `all_levels`, the levels are those that the bundle has."""
+
+    config: SearchConfig
+    all_levels: bool
+    limits: PhotoLimits
+    compare_exif: bool
+
+    @classmethod
+    def parse(
+        cls, config: SearchConfig, all_levels: bool, max_megapixels: float, compare_exif: bool
+    ) -> SearchOrder:
+        """Check the options; raises GeoEngineError."""
+        from geoengine.engine.photos import PhotoLimits
+
+        if not 0 < max_megapixels <= 1e6:
+            raise GeoEngineError(f"--max-megapixels must be above 0, got {max_megapixels:g}")
+        limits = PhotoLimits(max_pixels=max(1, round(max_megapixels * 1e6)))
+        return cls(config=config, all_levels=all_levels, limits=limits, compare_exif=compare_exif)
+
+    def search(self, bundle: EngineBundle) -> PhotoSearch:
+        """Return what is asked of an engine with this bundle."""
+        from geoengine.engine.bulk.stream import PhotoSearch
+
+        config = self.config
+        if self.all_levels:
+            config = dataclasses.replace(config, levels=bundle.levels)
+        return PhotoSearch(config=config, limits=self.limits, compare_exif=self.compare_exif)
+
+
+def search_config(
+    k: int, levels: str | None, top: int, within: str | None, deadline: float | None, overzoom: bool
+) -> SearchConfig:
+    """Return the search that the options describe; raises GeoEngineError."""
+    from geoengine.engine.regions import parse_region
+    from geoengine.engine.search import SearchConfig
+    from geoengine.engine.tiles import LEVELS
+
+    return SearchConfig(
+        k=k,
+        levels=LEVELS if levels is None else parse_levels(levels),
+        top=top,
+        within=None if within is None else parse_region(within),
+        deadline_s=deadline,
+        overzoom=overzoom,
+    )
