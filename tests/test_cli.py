@@ -132,6 +132,16 @@ def test_a_folder_stands_for_its_photos(engine, photo, tmp_path):
     assert json.loads(result.stdout)["photo"] == photo
 
 
+def test_a_table_stands_for_its_photos(engine, photo, tmp_path):
+    table = tmp_path / "photos.csv"
+    table.write_text("id,file\nfirst,photo.png\nsecond,nothing.png\n")
+    result = run("locate", table, "--demo", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["photo"]) == (1, "first")
+    assert "nothing.png" in result.stderr and result.stderr.count("\n") == 1
+    table.write_text("id,file\n")
+    refused(run("locate", table, "--demo"), "there is no photo in what was given")
+
+
 def test_many_photos_are_searched_in_batches(engine, photo, monkeypatch):
     monkeypatch.setattr("geoengine.engine.bulk.stream.PHOTOS_PER_SEARCH", 2)
     result = run("locate", *[photo] * 5, "--demo", "--json")

@@ -175,6 +175,8 @@ class Session:
                 if not self.located:
                     raise
                 self._fail(str(error))
+        if not self.located and not self.failed:
+            self._fail("there is no photo in what was given")
 
     def _fail(self, reason: str) -> None:
         complain(reason)
