@@ -6,6 +6,7 @@ onnx/trunk.<side>.<variant>.onnx    uint8[n, side, side, 3] -> tokens; the layer
 onnx/head_<encoder>.<variant>.onnx  tokens -> unit embedding; `<encoder>` is "photo", "z04", "z06" ...
 onnx/*.weights                      weights that graphs share
 tensorrt/<machine>/                 what TensorRT compiled from the graphs on some machine
+calibration.json                    what `geoengine calibrate` fitted, where it ran; not in the manifest
 ```
 """
 
@@ -14,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from geoengine.engine.calibration import Calibration
 from geoengine.engine.errors import BundleError
-from geoengine.engine.manifest import MANIFEST, BundleFile, Graphs, Manifest, Variant
+from geoengine.engine.manifest import MANIFEST, BundleFile, Graphs, Manifest, Variant, encoder_hash
 
 PLANET = Path(__file__).parent / "data" / "planet"
 """The ready bundle of the built-in planet, which the package brings."""
@@ -28,10 +30,11 @@ _HASH_CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class EngineBundle:
-    """An engine bundle that has been checked: its folder and its manifest."""
+    """An engine bundle that has been checked: its folder, its manifest, and its calibration if it has one."""
 
     path: Path
     manifest: Manifest
+    calibration: Calibration | None = field(default=None, compare=False)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> EngineBundle:
@@ -53,7 +56,7 @@ class EngineBundle:
                 _check_file(folder, name, entry, verify)
             except (OSError, ValueError) as error:
                 raise BundleError(f"engine bundle {folder}: {error}; {_remedy(folder)}") from error
-        return cls(folder, manifest)
+        return cls(folder, manifest, Calibration.read(folder, encoder_hash(manifest)))
 
     def check_unchanged(self) -> None:
         """Raise BundleError when another bundle has been put in the place of this one since it was opened.

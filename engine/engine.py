@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias, Union
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from geoengine.engine.backends import Backend, open_backend
 from geoengine.engine.bundle import EngineBundle, resolve_bundle
+from geoengine.engine.calibration import Calibration, RadiusFit
 from geoengine.engine.errors import BundleError, SourceError, TileError
 from geoengine.engine.index.known_rows import KnownRows, RowCache
 from geoengine.engine.index.tile_index import Maker, TileIndex
@@ -22,19 +24,17 @@ from geoengine.engine.manifest import PHOTO, encoder_name, model_name
 from geoengine.engine.photos import Photo, read_photo
 from geoengine.engine.preprocess import to_square
 from geoengine.engine.regions import Region, RegionError
-from geoengine.engine.results import Candidate, Level, Location, ScoredTile
+from geoengine.engine.results import Level, Location, Scoring
+from geoengine.engine.scoring.answer import answer, nearest_radius
+from geoengine.engine.scoring.kinds import BEST_TILE, Score
 from geoengine.engine.search import LevelDone, Progress, SearchConfig, levels_of, search
 from geoengine.engine.sources import TileSource, open_source
-from geoengine.engine.tiles import Tile, center, centers, great_circle_km_array, half_diagonal_km, parent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PhotoSource: TypeAlias = Union[Photo, str, os.PathLike[str], bytes, NDArray[np.uint8], "Image"]
 """What `locate` takes for a photo: one already read, or anything that `read_photo` reads."""
-
-RADIUS_SHARE = 2 / 3
-"""The part of the last beam's softmax share that lies within the uncertainty radius."""
 
 DEFAULT_CONFIG = SearchConfig()
 _PHOTO_CHUNK = 64
@@ -149,6 +149,9 @@ class GeoEngine:
             raise TypeError(f"locate takes a list of photos, got one {type(photos).__name__}")
         self._check_levels(config.levels)
         self.check_region(config.within)
+        calibration = self.bundle.calibration or Calibration.assumed(self.bundle.manifest)
+        if config.score is None:
+            config = replace(config, score=Score.path if calibration.fitted else Score.paper)
         start = time.perf_counter()
         read = [self.prepare(photo) for photo in photos]
         embeddings = self.embed_photos(read)
@@ -158,12 +161,14 @@ class GeoEngine:
             self.backend,
             config,
             known=self.known,
+            calibration=calibration,
             progress=progress,
             on_level=on_level,
         )
         seconds = (time.perf_counter() - start) / max(1, len(read))
         return [
-            self._location(photo, levels, config, seconds) for photo, levels in zip(read, found, strict=True)
+            self._location(photo, levels, config, calibration, seconds)
+            for photo, levels in zip(read, found, strict=True)
         ]
 
     def prepare(self, photo: PhotoSource) -> Photo:
@@ -201,30 +206,32 @@ class GeoEngine:
         return levels_of(self.source, config.levels, overzoom=config.overzoom)
 
     def _location(
-        self, photo: Photo, levels: tuple[Level, ...], config: SearchConfig, seconds: float
+        self,
+        photo: Photo,
+        levels: tuple[Level, ...],
+        config: SearchConfig,
+        calibration: Calibration,
+        seconds: float,
     ) -> Location:
         manifest = self.bundle.manifest
-        last = levels[-1]
-        shares = softmax_shares(last, manifest.logit_scale[encoder_name(last.zoom)])
-        ranked = zip(last.beam[: config.top], shares, strict=False)
-        candidates = tuple(
-            Candidate(
-                rank=rank,
-                tile=scored.tile,
-                point=center(scored.tile),
-                score=scored.score,
-                share=float(share),
-                path=_path(scored.tile, levels),
-            )
-            for rank, (scored, share) in enumerate(ranked, start=1)
+        of_path = config.score is Score.path
+        fit = calibration.fit(centred=config.centred) if of_path else None
+        radius = nearest_radius(fit, config.k)
+        found = answer(
+            levels,
+            top=config.top,
+            objective=config.objective,
+            sharpness=1.0 if of_path else manifest.logit_scale[encoder_name(levels[-1].zoom)],
+            radius=radius,
+            calibrated=radius is not None and self._as_calibrated(config, radius, levels[-1]),
         )
         return Location(
             photo=photo.name,
             world=self.bundle.world,
-            point=candidates[0].point,
-            score=candidates[0].score,
-            radius_km=uncertainty_radius_km(last, shares),
-            candidates=candidates,
+            point=found.candidates[0].point,
+            score=found.candidates[0].score,
+            radius_km=found.radius_km,
+            candidates=found.candidates,
             levels=levels,
             k=config.k,
             tiles=self.source.name,
@@ -233,37 +240,20 @@ class GeoEngine:
             seconds=seconds,
             within="" if config.within is None else config.within.name,
             left_out=tuple(sorted(set(config.levels) - set(self._levels(config)))),
+            scoring=Scoring(
+                score=str(config.score),
+                calibrated=of_path and calibration.fitted,
+                centred=config.centred,
+                quota=config.quota,
+                objective=str(config.objective),
+                prior=config.prior or "",
+            ),
+            radius_share=found.radius_share,
+            radius_calibrated=found.radius_calibrated,
+            radii_km=found.radii_km,
         )
 
-
-def softmax_shares(level: Level, logit_scale: float) -> NDArray[np.float64]:
-    """Return the softmax of a beam's scores times the logit scale, float64[beam], in the beam's order."""
-    logits = logit_scale * np.array([scored.score for scored in level.beam], dtype=np.float64)
-    weights = np.exp(logits - logits.max())
-    return np.asarray(weights / weights.sum(), dtype=np.float64)
-
-
-def uncertainty_radius_km(level: Level, shares: NDArray[np.float64]) -> float:
-    """Return the radius in km around the best tile's centre within which two thirds of the beam's share lies.
-
-    `shares` is float64[beam], summing to 1. The radius is the smallest great-circle distance from the centre
-    of the first tile such that the tiles whose centres lie within it hold at least `RADIUS_SHARE` of the
-    share, plus half the diagonal of the first tile. It measures how much the beam agrees with itself and is
-    not calibrated: it knows nothing of places that the search has dropped.
-    """
-    points = centers(level.zoom, [scored.tile[1:] for scored in level.beam])  # (beam, 2)
-    distances = great_circle_km_array(points[0, 0], points[0, 1], points[:, 0], points[:, 1])  # (beam,)
-    nearest_first = np.argsort(distances, kind="stable")
-    within = np.cumsum(shares[nearest_first])
-    # The sum of shares that make up two thirds exactly may come out an ulp short.
-    reached = int(np.searchsorted(within, RADIUS_SHARE - 1e-12))
-    return float(distances[nearest_first[reached]]) + half_diagonal_km(level.beam[0].tile)
-
-
-def _path(tile: Tile, levels: Sequence[Level]) -> tuple[ScoredTile, ...]:
-    """Return the tile's scored ancestor in each level, coarse to fine, and itself."""
-    path = []
-    for level in levels:
-        ancestor = parent(tile, level.zoom)
-        path += [scored for scored in (*level.beam, *level.ancestors) if scored.tile == ancestor]
-    return tuple(path)
+    def _as_calibrated(self, config: SearchConfig, radius: RadiusFit, last: Level) -> bool:
+        """Whether a search is of the kind whose radii were fitted."""
+        plain = config.quota is None and config.prior is None and config.objective == BEST_TILE
+        return plain and config.k == radius.k and last.zoom == self.bundle.levels[-1]

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from geoengine.engine.backends import EmbeddingRows
 from geoengine.engine.index.known_rows import KnownRows
-from geoengine.engine.index.segments import HalfRows, tile_ids, tiles_of_ids
+from geoengine.engine.index.segments import HalfRows, Ids, tile_ids, tiles_of_ids
 from geoengine.engine.index.tile_index import Table
 from geoengine.engine.manifest import encoder_name
 from geoengine.engine.pictures import HostEmbeddings, hand_on
 from geoengine.engine.results import Level, ScoredTile
+from geoengine.engine.scoring.path import centred_cosines
 from geoengine.engine.sources import TileSource
 from geoengine.engine.tiles import Tile
 from geoengine.kernels import cosine_topk
@@ -95,6 +96,48 @@ class LevelTiles:
         self, candidates: Mapping[int, NDArray[np.int64]], queries: NDArray[np.float32], k: int
     ) -> Iterator[tuple[int, Level]]:
         """Score each photo's candidates, int64[n, 2], in one call; yields photos and their levels."""
+        for photo, present, best, scores in self._top_k(candidates, queries, k):
+            xy = candidates[photo]
+            yield photo, self.level(xy, present, beam(self.zoom, xy[present[best]], scores))
+
+    def cosines(
+        self,
+        candidates: Mapping[int, NDArray[np.int64]],
+        queries: NDArray[np.float32],
+        mean: NDArray[np.float32] | None = None,
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
+        """Yield for each photo which of its candidates are there, int64[n], and their cosines, float32[n].
+
+        Both are in the order of the candidates. `mean`, float32[d], is subtracted from the embeddings first.
+        """
+        to_mean = None if mean is None else self._products(mean)
+        everything = max((len(xy) for xy in candidates.values()), default=0)
+        for photo, present, order, ranked in self._top_k(candidates, queries, max(1, everything)):
+            cosines = np.empty(len(present), dtype=np.float32)
+            cosines[order] = ranked
+            if mean is not None and to_mean is not None:
+                rows = self.rows[np.searchsorted(self.ids, _pack(candidates[photo][present]))]
+                cosines = centred_cosines(cosines, queries[photo], to_mean[rows], mean)
+            yield photo, present, cosines
+
+    def level(self, xy: NDArray[np.int64], present: NDArray[np.int64], kept: tuple[ScoredTile, ...]) -> Level:
+        """Return the level of a photo with candidates int64[n, 2], those `present`, and the tiles kept."""
+        there = np.searchsorted(self.ids, _pack(xy[present]))
+        absent = len(xy) - len(there)
+        return Level(
+            zoom=self.zoom,
+            candidates=len(there),
+            missing=0 if self.late else absent,
+            late=absent if self.late else 0,
+            known=int(self.known[there].sum()),
+            enlarged=int(self.enlarged[there].sum()),
+            beam=kept,
+        )
+
+    def _top_k(
+        self, candidates: Mapping[int, NDArray[np.int64]], queries: NDArray[np.float32], k: int
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
+        """Yield each photo, its candidates that are there, the best of those in order, and their cosines."""
         places = {photo: np.searchsorted(self.ids, _pack(xy)) for photo, xy in candidates.items()}
         present = {photo: np.flatnonzero(self.rows[own] >= 0) for photo, own in places.items()}
         segments = np.cumsum([0, *(len(own) for own in present.values())])
@@ -102,22 +145,19 @@ class LevelTiles:
         if segments[-1]:
             listed = np.concatenate([self.rows[places[photo][own]] for photo, own in present.items()])
             scores, order = self.embeddings.top_k(queries[list(places)], k, listed, segments)
-        for row, (photo, xy) in enumerate(candidates.items()):
-            best = order[row][order[row] >= 0]  # fewer than k where a photo has fewer candidates
-            there = places[photo][present[photo]]
-            absent = len(xy) - len(there)
-            yield (
-                photo,
-                Level(
-                    zoom=self.zoom,
-                    candidates=len(there),
-                    missing=0 if self.late else absent,
-                    late=absent if self.late else 0,
-                    known=int(self.known[there].sum()),
-                    enlarged=int(self.enlarged[there].sum()),
-                    beam=_beam(self.zoom, xy[present[photo][best]], scores[row]),
-                ),
-            )
+        for row, photo in enumerate(candidates):
+            there = order[row] >= 0  # fewer than k where a photo has fewer candidates
+            yield photo, present[photo], order[row][there], scores[row][there]
+
+    def _products(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the products of all embeddings with a vector, float32[rows]."""
+        rows = np.unique(self.rows[self.rows >= 0])
+        products = np.zeros(int(rows[-1]) + 1 if len(rows) else 0, dtype=np.float32)
+        if len(rows):
+            segments = np.array([0, len(rows)])
+            cosines, order = self.embeddings.top_k(vector[None], len(rows), rows, segments)
+            products[rows[order[0]]] = cosines[0] * np.linalg.norm(vector)
+        return products
 
 
 def embed_level(
@@ -202,19 +242,47 @@ def rank_table(table: Table, zoom: int, queries: NDArray[np.float32], k: int) ->
                 missing=table.missing,
                 known=count,
                 exhaustive=True,
-                beam=_beam(zoom, tiles_of_ids(table.ids[best]), scores[row]),
+                beam=beam(zoom, tiles_of_ids(table.ids[best]), scores[row]),
             ),
         )
+
+
+def table_ids(table: Table) -> Ids:
+    """Return the tiles of a table, in the order of the index."""
+    return table.ids if table.rows is None else table.ids[table.rows]
+
+
+def table_cosines(
+    table: Table, query: NDArray[np.float32], mean: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Return the cosines of a query, float32[d], with all tiles of a table, float32[n], in their order.
+
+    `mean`, float32[d], is subtracted from the embeddings first.
+    """
+    cosines = _all_cosines(table, query)
+    if mean is None:
+        return cosines
+    to_mean = _all_cosines(table, mean) * np.linalg.norm(mean)
+    return centred_cosines(cosines, query, to_mean, mean)
+
+
+def _all_cosines(table: Table, query: NDArray[np.float32]) -> NDArray[np.float32]:
+    count = len(table_ids(table))
+    scores, order = cosine_topk(table.matrix, query[None], count, rows=table.rows)
+    cosines = np.empty(count, dtype=np.float32)
+    cosines[order[0]] = scores[0]
+    return cosines
 
 
 def _until(reading: Reading) -> float | None:
     return None if reading.deadline_s is None else time.monotonic() + reading.deadline_s
 
 
-def _beam(zoom: int, xy: NDArray[np.int64], scores: NDArray[np.float32]) -> tuple[ScoredTile, ...]:
+def beam(zoom: int, xy: NDArray[np.int64], scores: NDArray[np.floating]) -> tuple[ScoredTile, ...]:
+    """Return ranked tiles, int64[n, 2], with their scores."""
     return tuple(
         ScoredTile(tile=Tile(zoom, x, y), score=score)
-        for (x, y), score in zip(xy.tolist(), scores.tolist(), strict=False)
+        for (x, y), score in zip(xy.tolist(), scores.tolist(), strict=True)
     )
 
 

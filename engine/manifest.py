@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from geoengine.engine.sources import fingerprint
+
 SCHEMA = 2
 """The manifest schema that this version writes and reads."""
 
@@ -166,6 +168,15 @@ def model_name(manifest: Manifest) -> str:
     if manifest.pretrained == "none":
         return f"{manifest.model} with random weights, for timing only"
     return f"{manifest.model}/{manifest.pretrained}"
+
+
+def encoder_hash(manifest: Manifest) -> str:
+    """Return the SHA-256 of what a bundle's encoders compute, whatever computes it.
+
+    That is the hash of their weights; of a bundle that does not say it, that of its graphs.
+    """
+    weights = manifest.weights or " ".join(sorted(file.sha256 for file in manifest.files.values()))
+    return fingerprint(weights, f"{manifest.image_size} {manifest.mean} {manifest.std}")
 
 
 class _Fields:

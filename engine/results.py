@@ -5,6 +5,7 @@ Writers for these results (JSON, GeoJSON, terminal table, HTML map) are in `geoe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,10 @@ HYPOTHESIS = (
 class ScoredTile:
     """A tile and how similar it is to the photo.
 
-    `score` is what the search ranks tiles of one level by: the cosine of the photo embedding and the tile
-    embedding, -1 to 1. Scores of different levels come from different encoders and are not comparable.
+    `score` is what the search ranks tiles of one level by. Under the paper's score it is the cosine of the
+    photo embedding and the tile embedding, -1 to 1; scores of different levels come from different encoders
+    and are not comparable. Under the path score it is a weighted sum of natural logarithms of probabilities,
+    from the first level down to this one, at most 0.
     """
 
     tile: Tile
@@ -69,8 +72,8 @@ class Candidate:
     """One possible answer: a tile of the last level.
 
     `rank` counts from 1. `point` is the centre of `tile` in degrees. `score` is the tile's score at its
-    level. `share` is the candidate's part of a softmax over the last level's beam, 0 to 1, with the logit
-    scale of the level's encoder; it compares candidates with each other and is no calibrated probability.
+    level. `share` is the candidate's part of a softmax over the last level's beam, 0 to 1; it compares
+    candidates with each other and says nothing of places that the search has dropped.
     `path` runs from the coarsest level to the candidate itself, each tile containing the next; a level that
     was searched and did not score the tile that contains the candidate is left out.
     """
@@ -94,6 +97,25 @@ class ExifComparison:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Scoring:
+    """How a search ranked its tiles and chose its answer.
+
+    `score` is "paper" (the level's cosine) or "path" (log-probabilities added along the path), `calibrated`
+    whether the path score's temperatures and weights were fitted, `centred` whether the mean of a level's
+    embeddings was subtracted from each. `quota` is the most children of one parent in a beam, None for any
+    number. `objective` is "best-tile" or the radius, such as "25km", within which the answer holds most
+    probability. `prior` names how likely photos were taken to be anywhere, "" for everywhere alike.
+    """
+
+    score: str = "paper"
+    calibrated: bool = False
+    centred: bool = False
+    quota: int | None = None
+    objective: str = "best-tile"
+    prior: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Location:
     """Where a photo may have been taken.
 
@@ -104,11 +126,12 @@ class Location:
     `model` names the encoders. `seconds` is the wall time of the search divided by the number of photos
     searched together.
 
-    `radius_km` is a measure of uncertainty: the tiles of the last level's beam get softmax shares with the
-    logit scale of the level's encoder; the radius is the smallest great-circle distance from `point` within
-    which at least two thirds of the share lies, plus half the diagonal of the answer's tile. It says how much
-    the last beam agrees with itself. It is not calibrated: when an early level dropped the true place, the
-    answer is far outside the radius.
+    `radius_km` is a measure of uncertainty. With `radius_calibrated`, the truth lay within the radius for the
+    share `radius_share` of the photos that the bundle was calibrated on. Otherwise it says how much the last
+    beam agrees with itself: it is the smallest great-circle distance from `point` within which at least
+    `radius_share` of the candidates' softmax share lies, plus half the diagonal of the answer's tile; when an
+    early level dropped the true place, the answer is far outside. `radii_km` has such a radius for each of
+    `STATED_SHARES`. `scoring` says how tiles were ranked.
 
     `within` names the part of the world that was searched, "" for all of it. `left_out` are the levels that
     were asked for and that the tile source does not have.
@@ -130,4 +153,18 @@ class Location:
     seconds: float
     within: str = ""
     left_out: tuple[int, ...] = ()
+    scoring: Scoring = Scoring()
+    radius_share: float = 2 / 3
+    radius_calibrated: bool = False
+    radii_km: tuple[float, ...] = ()
     exif: ExifComparison | None = None
+
+    def radius_for(self, share: float) -> float:
+        """Return the radius in km for one of `STATED_SHARES`; raises ValueError for another."""
+        from geoengine.engine.calibration import STATED_SHARES
+
+        radii = dict(zip(STATED_SHARES, self.radii_km, strict=False))
+        nearest = min(radii, key=lambda stated: abs(stated - share), default=math.inf)
+        if abs(nearest - share) > 1e-9:
+            raise ValueError(f"radii are known for the shares {', '.join(map(str, radii))}, got {share}")
+        return radii[nearest]

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from geoengine.engine.calibration import Calibration
 from geoengine.engine.errors import GeoEngineError, SourceError, TileError
 from geoengine.engine.index.known_rows import KnownRows
-from geoengine.engine.index.segments import find, tile_ids, tiles_of_ids
 from geoengine.engine.index.tile_index import Table
-from geoengine.engine.level import Encoders, Reading, embed_level, rank_table
+from geoengine.engine.level import Encoders, Reading, embed_level
 from geoengine.engine.pictures import MOST_ENLARGED
 from geoengine.engine.regions import Region
 from geoengine.engine.regions.box import searched_area
 from geoengine.engine.results import Level, ScoredTile
+from geoengine.engine.scoring.evidence import TileEvidence
+from geoengine.engine.scoring.kinds import BEST_TILE, Objective, Score
+from geoengine.engine.scoring.ranking import Observer, Ranking, Rules
 from geoengine.engine.sources import TileSource
-from geoengine.engine.tiles import LEVELS, Tile, all_xy, descendants_xy, parent, tile_count
-from geoengine.kernels import cosine_topk
+from geoengine.engine.tiles import LEVELS, LngLat, Tile, all_xy, descendants_xy, parent, tile_count
 
 Progress: TypeAlias = Callable[[int, int, int, int], None]
 """(level index, zoom, tiles done, tiles in all), often; a level's last call has as many done as there are."""
@@ -36,6 +38,11 @@ class SearchConfig:
     `within` is the part of the world that is searched, None for all of it. `deadline_s` is the time in
     seconds after which a level is scored with the tiles that have arrived, None for no limit. With
     `overzoom`, tiles that the source lacks are cut out of tiles up to three zooms coarser, and enlarged.
+
+    `score` ranks the tiles, None for the bundle's best: `Score.path` if it is calibrated. A beam has at most
+    `quota` children of one parent, None for any number, while there are others. With `centred`, the mean
+    embedding of a level's tiles is subtracted from each before it is scored. `objective` is what the answer
+    is to be, and `prior` names how likely photos are to be taken anywhere, None for everywhere alike.
     """
 
     k: int = 16
@@ -44,11 +51,18 @@ class SearchConfig:
     within: Region | None = None
     deadline_s: float | None = None
     overzoom: bool = False
+    score: Score | None = None
+    quota: int | None = None
+    centred: bool = False
+    objective: Objective = BEST_TILE
+    prior: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("k", self.k), ("top", self.top)):
             if value < 1:
                 raise GeoEngineError(f"{name} must be at least 1, got {value}")
+        if self.quota is not None and self.quota < 1:
+            raise GeoEngineError(f"the quota must be at least 1, got {self.quota}")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise GeoEngineError(f"the deadline must be more than 0 seconds, got {self.deadline_s:g}")
         if not self.levels:
@@ -66,8 +80,12 @@ def search(
     config: SearchConfig,
     *,
     known: KnownRows | None = None,
+    calibration: Calibration | None = None,
+    evidence: Sequence[TileEvidence] = (),
+    joined: Sequence[LngLat | None] | None = None,
     progress: Progress | None = None,
     on_level: LevelDone | None = None,
+    observe: Observer | None = None,
 ) -> list[tuple[Level, ...]]:
     """Descend the tile pyramid for each photo, float32[p, d], and return the photo's levels, coarse to fine.
 
@@ -76,6 +94,12 @@ def search(
     earlier candidate wins. (Line 11 of Algorithm 1 keeps fewer than k on a tie across the k-th place; here it
     is always exactly k, so the answer does not depend on batch size or backend.) Photos do not influence each
     other; tiles that several of them want are read and encoded once, and so are tiles with equal pixels.
+
+    What a score is, `config.score` says: the cosine (`Score.paper`, and None), or the path score, which needs
+    a `calibration`: see `path_scores`. Its softmax is over all tiles of a level that is scored whole, and
+    over the tiles below one tile of the beam elsewhere. `evidence` enters it besides the tiles. Of photo i,
+    the tile that holds the point `joined[i]` stays at every level, besides the k best. `observe` is called
+    with all that each score is made of.
 
     Only the levels that the source may have are searched, and of them only the tiles that overlap
     `config.within` and the source's bounds. Tiles that the source lacks all the same are skipped and counted
@@ -87,8 +111,9 @@ def search(
     read, and those of the others are added to what is known. With `known`, all embeddings are scored in half
     precision, so that the second search of a place answers as the first one did.
 
-    Raises SourceError when the first level has no tile, or the source none of the levels; exceptions of the
-    source and of the encoders pass through, and no thread is left behind but one that waits for a late tile.
+    Raises SourceError when the first level has no tile, or the source none of the levels, and GeoEngineError
+    for a score or centring that the calibration does not allow; exceptions of the source and of the encoders
+    pass through, and no thread is left behind but one that waits for a late tile.
     """
     queries = np.ascontiguousarray(photo_embeddings, dtype=np.float32)
     found: list[list[Level]] = [[] for _ in queries]
@@ -96,6 +121,17 @@ def search(
     area = searched_area(source, config.within)
     tables = _tables(known, zooms, None if config.within is None else area)
     zooms = [zoom for zoom in zooms if zoom in tables or zoom > max(tables, default=-1)]
+    rules = Rules(
+        k=config.k,
+        score=config.score or Score.paper,
+        quota=config.quota,
+        centred=config.centred,
+        calibration=calibration,
+        evidence=tuple(evidence),
+        joined=joined,
+        observe=observe,
+    )
+    ranking = Ranking(rules, queries)
     for index, zoom in enumerate(zooms):
         # The others had no tile at an earlier level.
         photos = [photo for photo, levels in enumerate(found) if len(levels) == index]
@@ -103,12 +139,13 @@ def search(
             break
         reading = _reading(source, encoders, config, _level_progress(progress, index, zoom))
         if zoom in tables:
-            ranked = _ranked_table(tables[zoom], zoom, photos, queries, config.k)
+            ranked = ranking.table(tables[zoom], zoom, photos)
             reading.progress(1, 1)
         else:
             candidates = _candidates(found, photos, zoom, area)
             tiles = embed_level(reading, known, zoom, candidates.values())
-            ranked = tiles.rank(candidates, queries, config.k)
+            beams = {photo: found[photo][-1].beam for photo in photos if found[photo]}
+            ranked = ranking.tiles(tiles, candidates, beams)
         for photo, level in ranked:
             if level.beam:
                 found[photo].append(level)
@@ -116,10 +153,7 @@ def search(
                     on_level(photo, level)
         if index == 0 and not any(found):
             raise SourceError(_nothing_found(source, zoom, config))
-    return [
-        _with_ancestors(levels, tables, query, config.top)
-        for levels, query in zip(found, queries, strict=True)
-    ]
+    return [_with_ancestors(levels, tables, ranking, photo, config.top) for photo, levels in enumerate(found)]
 
 
 def _reading(
@@ -172,20 +206,13 @@ def _candidates(
     return candidates
 
 
-def _ranked_table(
-    table: Table, zoom: int, photos: Sequence[int], queries: NDArray[np.float32], k: int
-) -> Iterator[tuple[int, Level]]:
-    for row, level in rank_table(table, zoom, queries[list(photos)], k):
-        yield photos[row], level
-
-
 def _with_ancestors(
-    levels: Sequence[Level], tables: Mapping[int, Table], query: NDArray[np.float32], top: int
+    levels: Sequence[Level], tables: Mapping[int, Table], ranking: Ranking, photo: int, top: int
 ) -> tuple[Level, ...]:
     """Add to exhaustive levels the scores of the answers' ancestors, which their beams may lack."""
     answers = [scored.tile for scored in levels[-1].beam[:top]] if levels else []
     return tuple(
-        replace(level, ancestors=_ancestors(level, answers, tables[level.zoom], query))
+        replace(level, ancestors=_ancestors(level, answers, tables[level.zoom], ranking, photo))
         if level.exhaustive
         else level
         for level in levels
@@ -193,20 +220,14 @@ def _with_ancestors(
 
 
 def _ancestors(
-    level: Level, answers: Sequence[Tile], table: Table, query: NDArray[np.float32]
+    level: Level, answers: Sequence[Tile], table: Table, ranking: Ranking, photo: int
 ) -> tuple[ScoredTile, ...]:
     kept = {scored.tile for scored in level.beam}
-    lacking = {parent(tile, level.zoom) for tile in answers} - kept
+    lacking = sorted({parent(tile, level.zoom) for tile in answers} - kept)
     if not lacking:
         return ()
-    rows = find(table.ids, tile_ids(np.array([tile[1:] for tile in sorted(lacking)])))
-    rows = rows[rows >= 0]
-    scores, order = cosine_topk(table.matrix, query[None], max(1, len(rows)), rows=rows)
-    xy = tiles_of_ids(table.ids[rows[order[0]]]).tolist()
-    return tuple(
-        ScoredTile(tile=Tile(level.zoom, *place), score=score)
-        for place, score in zip(xy, scores[0].tolist(), strict=True)
-    )
+    xy = np.array([tile[1:] for tile in lacking], dtype=np.int64)
+    return ranking.in_table(table, level.zoom, photo, xy)
 
 
 def _nothing_found(source: TileSource, zoom: int, config: SearchConfig) -> str:

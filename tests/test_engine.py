@@ -11,11 +11,13 @@ from tiny_bundle import EMBED_DIM, IMAGE_SIZE, write_tiny_bundle
 
 from geoengine.engine import engine as engine_module
 from geoengine.engine.bundle import EngineBundle
-from geoengine.engine.engine import GeoEngine, softmax_shares, uncertainty_radius_km
+from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BackendError, BundleError, PhotoError, SourceError, TileError
 from geoengine.engine.photos import Photo
 from geoengine.engine.preprocess import to_square
 from geoengine.engine.results import Level, ScoredTile
+from geoengine.engine.scoring.answer import uncertainty_radius_km
+from geoengine.engine.scoring.mass import softmax_shares
 from geoengine.engine.search import SearchConfig
 from geoengine.engine.sources import WORLD_BOUNDS, TileBatch
 from geoengine.engine.tiles import (

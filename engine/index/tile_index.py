@@ -24,9 +24,9 @@ from geoengine.engine.backends import Backend
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.index.errors import IndexFileError, TileIndexError
 from geoengine.engine.index.segments import HalfRows, Ids, Segment, find, tile_ids
-from geoengine.engine.manifest import model_name
+from geoengine.engine.manifest import encoder_hash, model_name
 from geoengine.engine.regions import Region
-from geoengine.engine.sources import TileSource, fingerprint
+from geoengine.engine.sources import TileSource
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -56,7 +56,7 @@ class Maker:
     def of(cls, bundle: EngineBundle, source: TileSource, backend: Backend) -> Maker:
         """Return the maker of embeddings that a backend computes from a source's tiles."""
         return cls(
-            encoder=encoder_hash(bundle),
+            encoder=encoder_hash(bundle.manifest),
             source=source.identity,
             width=bundle.embed_dim,
             model=model_name(bundle.manifest),
@@ -66,16 +66,6 @@ class Maker:
             attribution=source.attribution,
             world=source.world,
         )
-
-
-def encoder_hash(bundle: EngineBundle) -> str:
-    """Return the SHA-256 of what a bundle's encoders compute, whatever computes it.
-
-    That is the hash of their weights; of a bundle that does not say it, that of its graphs.
-    """
-    manifest = bundle.manifest
-    weights = manifest.weights or " ".join(sorted(file.sha256 for file in manifest.files.values()))
-    return fingerprint(weights, f"{manifest.image_size} {manifest.mean} {manifest.std}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +176,7 @@ class TileIndex:
     def check_fits(self, bundle: EngineBundle, source: TileSource) -> None:
         """Raise TileIndexError when the index holds embeddings of other encoders or of other tiles."""
         maker = self.description.maker
-        if maker.encoder != encoder_hash(bundle):
+        if maker.encoder != encoder_hash(bundle.manifest):
             raise TileIndexError(
                 f"tile index {self.path} has embeddings of another encoder: it was built with {maker.model}, "
                 f"whose weights are not those of engine bundle {bundle.path} "

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
 from geoengine.engine.results import HYPOTHESIS, Candidate, Level, Location, ScoredTile
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the format; it grows when a reader of the old one would misread the new one."""
 
 DEGREE_DIGITS = 7
@@ -46,9 +47,12 @@ def json_object(location: Location) -> dict[str, Any]:
         "longitude": round(location.point.lng, DEGREE_DIGITS),
         "score": round(location.score, 6),
         "radius_km": round(location.radius_km, 3),
+        "radius_share": round(location.radius_share, 6),
+        "radius_calibrated": location.radius_calibrated,
         "candidates": [_candidate(candidate) for candidate in location.candidates],
-        "levels": [_level(level) for level in location.levels],
+        "levels": [level_object(level) for level in location.levels],
         "k": location.k,
+        "scoring": asdict(location.scoring),
         "within": location.within,
         "tiles": location.tiles,
         "levels_left_out": list(location.left_out),
@@ -83,7 +87,8 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _level(level: Level) -> dict[str, Any]:
+def level_object(level: Level) -> dict[str, Any]:
+    """Return one level as plain dicts, lists, strings and numbers: an element of "levels"."""
     return {
         "zoom": level.zoom,
         "candidates": level.candidates,

@@ -80,6 +80,11 @@ def format_km(km: float) -> str:
     return f"{km:.1f} km" if km < 100 else f"{km:,.0f} km"
 
 
+def radius_remark(location: Location) -> str:
+    """Return what an answer's radius says of the truth, in a few words."""
+    return f"{location.radius_share:.0%} radius" if location.radius_calibrated else "uncalibrated"
+
+
 def _location_parts(location: Location) -> Iterator[RenderableType]:
     from rich import box
     from rich.table import Table
@@ -89,7 +94,7 @@ def _location_parts(location: Location) -> Iterator[RenderableType]:
     yield Text.assemble((printable(location.photo), "bold"), (world, "yellow"))
     yield Text.assemble(
         (format_point(location.point.lat, location.point.lng), "bold green"),
-        f"  ± {format_km(location.radius_km)} (uncalibrated)",
+        f"  ± {format_km(location.radius_km)} ({radius_remark(location)})",
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("#", "latitude", "longitude", "score", "share", "tile"):
@@ -123,9 +128,20 @@ def _search_line(location: Location) -> str:
     absent = ", ".join(map(str, location.left_out))
     without = f", without zoom {absent}, which it does not have" if absent else ""
     return (
-        f"search{within}: k={location.k}, {scored} tiles of {printable(location.tiles)}{lacking}{without}, "
+        f"search{within}: k={location.k}, {_scoring(location)}, "
+        f"{scored} tiles of {printable(location.tiles)}{lacking}{without}, "
         f"{printable(location.model)}, {location.seconds:.1f} s"
     )
+
+
+def _scoring(location: Location) -> str:
+    used = location.scoring
+    parts = [f"{used.score} score" + ("" if used.calibrated or used.score == "paper" else " (uncalibrated)")]
+    parts += ["centred"] if used.centred else []
+    parts += [f"quota {used.quota}"] if used.quota is not None else []
+    parts += [f"answer for {used.objective}"] if used.objective != "best-tile" else []
+    parts += [f"prior {printable(used.prior)}"] if used.prior else []
+    return ", ".join(parts)
 
 
 def _remarks(location: Location) -> Iterator[str]:

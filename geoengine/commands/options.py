@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from geoengine.engine.scoring.kinds import Score
+
 LevelsOption = Annotated[
     str | None,
     typer.Option(help="Zooms to search, such as 4,6,8 or 4-16 (every second one). Default: all."),
@@ -44,6 +46,25 @@ BackendOption = Annotated[
     typer.Option(help="tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu; auto: the first to run."),
 ]
 KOption = Annotated[int, typer.Option("--k", help="Beam width: tiles kept after each level.")]
+ScoreOption = Annotated[
+    Score | None,
+    typer.Option(
+        help="What ranks tiles. paper: the level's cosine. path: log-probabilities added along the path. "
+        "Default: path where the bundle is calibrated."
+    ),
+]
+QuotaOption = Annotated[
+    int | None, typer.Option(help="Most children of one tile in a beam, while there are others.")
+]
+CentredOption = Annotated[
+    bool, typer.Option("--centred/--no-centred", help="Subtract the mean embedding of a level's tiles.")
+]
+ObjectiveOption = Annotated[
+    str,
+    typer.Option(
+        help="best-tile, or a radius such as 25km: the answer is the centre of most probability within it."
+    ),
+]
 OverzoomOption = Annotated[
     bool, typer.Option("--overzoom", help="Enlarge coarser tiles where the source has none.")
 ]

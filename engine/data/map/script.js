@@ -261,7 +261,7 @@ function showPhoto(i) {
   const facts = byId("facts");
   facts.replaceChildren();
   const world = photo.world === "planet" ? "demo planet, not Earth" : "Earth";
-  const rows = [["World", world], ["Uncertainty radius", `${km(photo.radius_km)} (uncalibrated)`], ["Score", photo.score.toFixed(3)],
+  const rows = [["World", world], ["Uncertainty radius", `${km(photo.radius_km)} (${photo.radius_calibrated ? `holds ${Math.round(photo.radius_share * 100)} % of the truths` : "uncalibrated"})`], ["Score", photo.score.toFixed(3)],
     ["Beam width k", photo.k], ["Tiles", photo.tiles], ["Model", photo.model], ["Search", `${photo.seconds.toFixed(1)} s`]];
   if (photo.within) rows.splice(1, 0, ["Searched", photo.within]);
   if (photo.levels_left_out.length) rows.push(["Not searched", `zoom ${photo.levels_left_out.join(", ")}, which the tiles lack`]);

@@ -1,0 +1,225 @@
+"""What `geoengine calibrate` found out about a bundle's encoders: how far their cosines can be trusted.
+
+`calibration.json` lies beside the bundle's manifest, which does not name it: a bundle without one works too.
+It carries a checksum of itself and the hash of the encoders that it was fitted for.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geoengine.engine.errors import BundleError, GeoEngineError
+from geoengine.engine.manifest import Manifest, encoder_name
+
+CALIBRATION = "calibration.json"
+SCHEMA = 1
+
+_REMEDY = "run `geoengine calibrate` again, or delete that file to go without"
+
+NOT_CENTRED = (
+    "centred cosines need the mean embedding of each level's tiles, and this bundle's calibration has none: "
+    "`geoengine calibrate` computes them"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LevelFit:
+    """One level's part in the path score: `weight` times log softmax of `scale` times the cosine.
+
+    `scale` is 1 / tau_z. `evidence` maps names of `TileEvidence` to their weights at this level.
+    """
+
+    scale: float
+    weight: float = 1.0
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RadiusFit:
+    """How the last beam's path scores become a distribution over places; see `engine.scoring.mass`.
+
+    Of beam width `k`: `sharpness` multiplies the scores in a softmax, `elsewhere` is the share of the whole
+    world, and `shares` are the modelled shares that hold the truth as often as each of `STATED_SHARES` says.
+    """
+
+    k: int
+    sharpness: float
+    elsewhere: float
+    shares: tuple[float, ...]
+
+
+STATED_SHARES = tuple(round(0.05 * step, 2) for step in range(1, 20))
+"""The shares, 0.05 to 0.95, whose radii are calibrated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """The fit of one kind of search: its levels by zoom, and its radii by increasing beam width."""
+
+    levels: Mapping[int, LevelFit]
+    radii: tuple[RadiusFit, ...] = ()
+
+    def level(self, zoom: int) -> LevelFit:
+        """Return the fit of a level; raises GeoEngineError where there is none."""
+        if zoom not in self.levels:
+            known = ", ".join(map(str, sorted(self.levels)))
+            raise GeoEngineError(f"the calibration has no level {zoom}, only {known}: calibrate again")
+        return self.levels[zoom]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Calibration:
+    """The fits of a bundle. `centred` is of cosines to tile embeddings from which `means` were subtracted.
+
+    `means` maps zooms to the mean embedding of their tiles, float32[d]. `encoders` is the hash of the
+    encoders, "" for `assumed`; `photos`, `dataset` and `seed` say what it was fitted on, for people.
+    """
+
+    plain: Fit
+    centred: Fit | None = None
+    means: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    encoders: str = ""
+    dataset: str = ""
+    photos: int = 0
+    seed: int = 0
+
+    @classmethod
+    def assumed(cls, manifest: Manifest) -> Calibration:
+        """Return what is taken where nothing was fitted: the training's logit scales, all weights 1."""
+        levels = {zoom: LevelFit(scale=manifest.logit_scale[encoder_name(zoom)]) for zoom in manifest.levels}
+        return cls(plain=Fit(levels=levels))
+
+    @classmethod
+    def read(cls, folder: Path, encoders: str) -> Calibration | None:
+        """Read the calibration in a bundle's folder, None when there is none.
+
+        Raises BundleError when it is damaged, of another version, or not of the bundle's `encoders`.
+        """
+        file = folder / CALIBRATION
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{file} cannot be read: {error}; {_REMEDY}") from None
+        try:
+            calibration = cls._from_json(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            raise BundleError(f"{file} cannot be used: {error}; {_REMEDY}") from None
+        if calibration.encoders != encoders:
+            raise BundleError(f"{file} was fitted for other encoders than those of its bundle; {_REMEDY}")
+        return calibration
+
+    def write(self, folder: Path) -> None:
+        """Put the calibration in a bundle's folder; an old one stays when that fails. Raises OutputError."""
+        from geoengine.engine.render.files import write_atomically
+
+        data = self._to_json()
+        write_atomically(
+            folder / CALIBRATION, json.dumps({"checksum": _checksum(data), **data}, indent=1) + "\n"
+        )
+
+    def _to_json(self) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        return {
+            "schema": SCHEMA,
+            "geoengine": version("geoengine"),
+            "encoders": self.encoders,
+            "dataset": self.dataset,
+            "photos": self.photos,
+            "seed": self.seed,
+            "plain": _fit_to_json(self.plain),
+            "centred": None if self.centred is None else _fit_to_json(self.centred),
+            "means": {
+                str(zoom): base64.b64encode(mean.astype("<f4").tobytes()).decode("ascii")
+                for zoom, mean in self.means.items()
+            },
+        }
+
+    @classmethod
+    def _from_json(cls, data: Any) -> Calibration:  # noqa: ANN401 - whatever the file holds
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            schema = data.get("schema") if isinstance(data, dict) else None
+            raise ValueError(f"this version reads schema {SCHEMA}, got {schema!r:.40}")
+        if data.pop("checksum", None) != _checksum(data):
+            raise ValueError("it is damaged: its checksum is not the one in it")
+        return cls(
+            plain=_fit_from_json(data["plain"]),
+            centred=None if data["centred"] is None else _fit_from_json(data["centred"]),
+            means={
+                int(zoom): np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
+                for zoom, text in data["means"].items()
+            },
+            encoders=str(data["encoders"]),
+            dataset=str(data["dataset"]),
+            photos=int(data["photos"]),
+            seed=int(data["seed"]),
+        )
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it was fitted on photos."""
+        return bool(self.encoders)
+
+    def fit(self, *, centred: bool) -> Fit:
+        """Return the fit of plain or of centred cosines; raises GeoEngineError where there is none."""
+        if not centred:
+            return self.plain
+        if self.centred is None:
+            raise GeoEngineError(NOT_CENTRED)
+        return self.centred
+
+    def mean(self, zoom: int) -> NDArray[np.float32]:
+        """Return the mean embedding of a zoom's tiles, float32[d]; raises GeoEngineError without one."""
+        if zoom not in self.means:
+            raise GeoEngineError(NOT_CENTRED)
+        return self.means[zoom]
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    """Return the SHA-256, in hex, of all else that the file says."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _fit_to_json(fit: Fit) -> dict[str, Any]:
+    levels = {str(zoom): asdict(level) for zoom, level in sorted(fit.levels.items())}
+    return {"levels": levels, "radii": [asdict(radius) for radius in fit.radii]}
+
+
+def _fit_from_json(data: dict[str, Any]) -> Fit:
+    levels = {}
+    for zoom, level in data["levels"].items():
+        evidence = {str(name): _finite(value) for name, value in level["evidence"].items()}
+        levels[int(zoom)] = LevelFit(
+            scale=_finite(level["scale"]), weight=_finite(level["weight"]), evidence=evidence
+        )
+    radii = tuple(
+        RadiusFit(
+            k=int(radius["k"]),
+            sharpness=_finite(radius["sharpness"]),
+            elsewhere=_finite(radius["elsewhere"]),
+            shares=tuple(map(_finite, radius["shares"])),
+        )
+        for radius in data["radii"]
+    )
+    if any(len(radius.shares) != len(STATED_SHARES) for radius in radii):
+        raise ValueError(f"each radius must have {len(STATED_SHARES)} shares")
+    return Fit(levels=levels, radii=radii)
+
+
+def _finite(value: Any) -> float:  # noqa: ANN401 - whatever the file holds
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"its numbers must be finite and not negative, got {value!r:.40}")
+    return number
