@@ -14,18 +14,22 @@ import typer
 from geoengine.commands.options import (
     BackendOption,
     BundleOption,
+    CentredOption,
     DeadlineOption,
     IndexOption,
     KOption,
     LevelsOption,
     MegapixelsOption,
+    ObjectiveOption,
     OverzoomOption,
     PrecisionOption,
+    QuotaOption,
+    ScoreOption,
     ThreadsOption,
     TilesOption,
     WithinOption,
 )
-from geoengine.commands.orders import EngineOrder, SearchOrder, search_config
+from geoengine.commands.orders import EngineOrder, ScoringOrder, SearchOrder, search_config
 from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
 from geoengine.engine.errors import GeoEngineError, SourceError
 
@@ -85,6 +89,10 @@ def locate(
     index: IndexOption = None,
     overzoom: OverzoomOption = False,
     deadline: DeadlineOption = None,
+    score: ScoreOption = None,
+    quota: QuotaOption = None,
+    centred: CentredOption = False,
+    objective: ObjectiveOption = "best-tile",
     backend: BackendOption = "auto",
     precision: PrecisionOption = None,
     threads: ThreadsOption = None,
@@ -103,7 +111,8 @@ def locate(
     Exit status: 0 all photos were located; 1 some were not; 2 none was, or the command line was wrong.
     """
     output = _output(as_json, as_geojson)
-    config = search_config(k, levels, top, within, deadline, overzoom)
+    scoring = ScoringOrder(score=score, quota=quota, centred=centred, objective=objective)
+    config = search_config(k, levels, top, within, deadline, overzoom, scoring)
     engine_order = EngineOrder.parse(demo, bundle, tiles, index, backend, precision, threads)
     order = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif)
     if map_file is not None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from geoengine.engine.bundle import EngineBundle
     from geoengine.engine.engine import GeoEngine
     from geoengine.engine.photos import PhotoLimits
+    from geoengine.engine.scoring.kinds import Score
     from geoengine.engine.search import SearchConfig
 
 _TILES_EXAMPLE = (
@@ -113,11 +114,28 @@ class SearchOrder:
         return PhotoSearch(config=config, limits=self.limits, compare_exif=self.compare_exif)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringOrder:
+    """How tiles are scored and the answer is chosen, as the options say it."""
+
+    score: Score | None = None
+    quota: int | None = None
+    centred: bool = False
+    objective: str = "best-tile"
+
+
 def search_config(
-    k: int, levels: str | None, top: int, within: str | None, deadline: float | None, overzoom: bool
+    k: int,
+    levels: str | None,
+    top: int,
+    within: str | None,
+    deadline: float | None,
+    overzoom: bool,
+    scoring: ScoringOrder,
 ) -> SearchConfig:
     """Return the search that the options describe; raises GeoEngineError."""
     from geoengine.engine.regions import parse_region
+    from geoengine.engine.scoring.kinds import Objective
     from geoengine.engine.search import SearchConfig
     from geoengine.engine.tiles import LEVELS
 
@@ -128,4 +146,8 @@ def search_config(
         within=None if within is None else parse_region(within),
         deadline_s=deadline,
         overzoom=overzoom,
+        score=scoring.score,
+        quota=scoring.quota,
+        centred=scoring.centred,
+        objective=Objective.parse(scoring.objective),
     )
