@@ -15,7 +15,7 @@ from geoengine.engine.index.known_rows import KnownRows
 from geoengine.engine.index.segments import HalfRows, Ids, tile_ids, tiles_of_ids
 from geoengine.engine.index.tile_index import Table
 from geoengine.engine.manifest import encoder_name
-from geoengine.engine.pictures import HostEmbeddings, hand_on
+from geoengine.engine.pictures import hand_on
 from geoengine.engine.results import Level, ScoredTile
 from geoengine.engine.scoring.path import centred_cosines
 from geoengine.engine.sources import TileSource
@@ -201,7 +201,7 @@ def _embed_unknown(
     present = found.copy()
     reading.progress(before, len(ids))
     if len(wanted):
-        embeddings = HostEmbeddings(reading.encoders, encoder_name(zoom), known.width)
+        embeddings = reading.encoders.rows(encoder_name(zoom), len(wanted))
         arrived = hand_on(
             reading.source,
             zoom,
@@ -214,7 +214,8 @@ def _embed_unknown(
         )
         there, late = arrived.rows >= 0, arrived.late
         new = wanted[there]
-        table[new] = embeddings.joined()[arrived.rows[there]]
+        if len(new):
+            table[new] = embeddings.download()[arrived.rows[there]]
         present[new], enlarged[wanted] = True, arrived.enlarged
         # An enlarged tile is not what the source says of that place: a later search may want it missing.
         own = new[~arrived.enlarged[there]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,28 +35,12 @@ class Arrivals:
     late: bool
 
 
-class Encode(Protocol):
-    """The part of a backend that gives embeddings to keep; see `Backend`."""
+class Append(Protocol):
+    """Takes pictures; see `EmbeddingRows.append`."""
 
-    def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures."""
+    def __call__(self, pixels: NDArray[np.uint8], digests: Sequence[bytes]) -> None:
+        """Take uint8[n, S, S, 3] and a digest of each picture."""
         ...
-
-
-class HostEmbeddings:
-    """Encodes pictures as they come and keeps their embeddings, of length `width`, in ordinary memory."""
-
-    def __init__(self, encoders: Encode, encoder: str, width: int) -> None:
-        self._encoders, self._encoder = encoders, encoder
-        self._parts = [np.empty((0, width), dtype=np.float32)]
-
-    def append(self, pixels: NDArray[np.uint8]) -> None:
-        """Encode uint8[n, S, S, 3] and keep the embeddings as the next n rows."""
-        self._parts.append(self._encoders.encode(self._encoder, pixels))
-
-    def joined(self) -> NDArray[np.float32]:
-        """Return all embeddings, float32[n, d]."""
-        return np.concatenate(self._parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +54,7 @@ def hand_on(
     source: TileSource,
     zoom: int,
     xy: NDArray[np.int64],
-    append: Callable[[NDArray[np.uint8]], None],
+    append: Append,
     *,
     batch: int,
     progress: Callable[[int], None],
@@ -80,10 +64,10 @@ def hand_on(
     """Read the tiles `xy`, int64[n, 2], of a zoom, and give their distinct pictures to `append`.
 
     `append` gets uint8[m, S, S, 3], at most `batch` pictures at a time, and fewer whenever no further one is
-    there yet; it may keep nothing of the array. Pictures are numbered in the order in which it gets them.
-    Reading and hashing run on a thread of their own, ahead of `append`. `progress` hears of how many tiles
-    have arrived. `until`, a time of `time.monotonic`, ends it with what has arrived by then. With `overzoom`,
-    tiles that the source lacks are cut out of coarser ones, and enlarged.
+    there yet, with their digests; it may keep nothing of the array. Pictures are numbered in the order in
+    which it gets them. Reading and hashing run on a thread of their own, ahead of `append`. `progress` hears
+    of how many tiles have arrived. `until`, a time of `time.monotonic`, ends it with what has arrived by
+    then. With `overzoom`, tiles that the source lacks are cut out of coarser ones, and enlarged.
 
     Raises SourceError for a source that breaks its promise; what the source and `append` raise passes
     through, and no thread is left behind but one that waits for a late tile.
@@ -92,12 +76,13 @@ def hand_on(
     enlarged = np.zeros(len(xy), dtype=bool)
     row_of: dict[bytes, int] = {}
     staging = np.empty((0, 0, 0, 3), dtype=np.uint8)
-    staged = done = 0
+    staged: list[bytes] = []
+    done = 0
     with ReadAhead(lambda: _hashed(source, zoom, xy, overzoom), depth=READ_AHEAD) as ahead:
         while True:
             if staged and not ahead.waiting:
-                append(staging[:staged])
-                staged = 0
+                append(staging[: len(staged)], staged)
+                staged = []
             try:
                 arrived = ahead.take(until)
             except StopIteration:
@@ -111,11 +96,11 @@ def hand_on(
             for position, digest, picture in zip(positions.tolist(), arrived.digests, pixels, strict=True):
                 if digest not in row_of:
                     row_of[digest] = len(row_of)
-                    staging[staged] = picture
-                    staged += 1
-                    if staged == len(staging):
-                        append(staging)
-                        staged = 0
+                    staging[len(staged)] = picture
+                    staged.append(digest)
+                    if len(staged) == len(staging):
+                        append(staging, staged)
+                        staged = []
                 rows[position] = row_of[digest]
             enlarged[positions] = arrived.enlarged
             done += len(positions)
@@ -124,7 +109,7 @@ def hand_on(
                 ahead.abandon()
                 break
         if staged:
-            append(staging[:staged])
+            append(staging[: len(staged)], staged)
     return Arrivals(rows, enlarged, late=ahead.abandoned and done < len(xy))
 
 

@@ -72,6 +72,30 @@ def test_a_large_call_equals_its_parts(backend):
     np.testing.assert_allclose(backend.encode("z01", pixels), np.concatenate(parts), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("counts", [(1, 2, 3, 4), (0, 40, 0, 3), (16, 16, 1, 30)])
+def test_groups_of_several_encoders_share_trunk_batches(backend, counts):
+    names, sides = ("z01", "photo", "z03", "z01"), (IMAGE_SIZE, IMAGE_SIZE, 20, 16)
+    groups = [
+        (name, pictures(count, side, seed))
+        for seed, (name, count, side) in enumerate(zip(names, counts, sides, strict=True))
+    ]
+    found = backend.encode_mixed(groups)
+    for (name, pixels), rows in zip(groups, found, strict=True):
+        np.testing.assert_allclose(rows, backend.encode(name, pixels), rtol=0, atol=1e-6)
+    assert backend.encode_mixed([]) == []
+    with pytest.raises(BundleError, match="no encoder 'z02'"):
+        backend.encode_mixed([*groups, ("z02", pictures(1))])
+
+
+def test_the_trunk_runs_once_for_pictures_of_several_encoders(backend, bundle, monkeypatch):
+    ran, run = [], backend._run
+    monkeypatch.setattr(backend, "_run", lambda path, *rest: ran.append(path.name) or run(path, *rest))
+    backend.encode_mixed([("z01", pictures(5)), ("z03", pictures(6)), ("photo", pictures(9))])
+    heads = [bundle.head_path(name, "fp32").name for name in ("z01", "z03", "photo", "photo")]
+    trunk = bundle.trunk_path(IMAGE_SIZE, "fp32").name
+    assert ran == [trunk, *heads[:3], trunk, heads[3]]
+
+
 def test_the_trunk_is_picked_by_the_pictures_side(backend, bundle):
     backend.encode("z01", pictures(1, 16))
     assert backend._sessions.paths() == {bundle.trunk_path(16, "fp32"), bundle.head_path("z01", "fp32")}

@@ -41,12 +41,17 @@ class Encoder:
         self.cuda = Cuda()
         self.feed = GpuFeed(self.cuda, bundle, Variant.fp16, self.into, max_batch=max_batch)
 
-    def into(self, encoder, pixels, address):
+    def encode(self, encoder, pixels):
+        [embeddings] = self.feed.encode_mixed([(encoder, pixels)])
+        return embeddings
+
+    def into(self, pixels, runs, address):
         self.batches.append(pixels.shape)
         self.rooms.append(pixels.room)
 
         def compute():
-            rows = embeddings_of(encoder, tokens_of(array_at(pixels.address, pixels.shape, np.uint8)))
+            tokens = tokens_of(array_at(pixels.address, pixels.shape, np.uint8))
+            rows = np.concatenate([embeddings_of(run.encoder, tokens[run.start : run.end]) for run in runs])
             self.runtime.check(address, rows.nbytes)
             array_at(address, rows.shape, np.float32)[...] = rows
 
@@ -119,45 +124,60 @@ def test_pictures_go_through_in_batches_and_come_out_in_order(emulated, bundle):
     encoder = Encoder(emulated, bundle)
     for seed in range(3):
         pixels = pictures(21, seed=seed)
-        found = encoder.feed.encode("z01", pixels)
+        found = encoder.encode("z01", pixels)
         np.testing.assert_allclose(found, embeddings_of("z01", tokens_of(pixels)), atol=1e-6)
     assert encoder.batches[:3] == [(8, 8, 8, 3), (8, 8, 8, 3), (5, 8, 8, 3)]
-    assert encoder.feed.encode("z01", pictures(0)).shape == (0, EMBED_DIM)
+    assert encoder.encode("z01", pictures(0)).shape == (0, EMBED_DIM)
+
+
+def test_pictures_of_several_encoders_share_batches(emulated, bundle):
+    encoder = Encoder(emulated, bundle)
+    groups = [
+        ("z01", pictures(5)),
+        ("z03", pictures(0)),
+        ("z03", pictures(9, seed=1)),
+        ("photo", pictures(2, 16)),
+    ]
+    found = encoder.feed.encode_mixed(groups)
+    for (name, pixels), rows in zip(groups, found, strict=True):
+        np.testing.assert_allclose(rows, embeddings_of(name, tokens_of(pixels)), atol=1e-6)
+    assert [shape[:2] for shape in encoder.batches] == [(8, 8), (6, 8), (2, 16)]
+    assert encoder.feed.encode_mixed([]) == []
 
 
 def test_large_pictures_come_in_smaller_batches(emulated, bundle, monkeypatch):
     monkeypatch.setattr(gpu, "SLOT_BYTES", 3 * 16 * 16 * 3)
     encoder = Encoder(emulated, bundle)
     pixels = pictures(8, side=16)
-    found = encoder.feed.encode("photo", pixels)
+    found = encoder.encode("photo", pixels)
     np.testing.assert_allclose(found, embeddings_of("photo", tokens_of(pixels)), atol=1e-6)
     assert [shape[0] for shape in encoder.batches] == [3, 3, 2]
     assert set(encoder.rooms) == {3}
-    encoder.feed.encode("photo", pictures(2))
+    encoder.encode("photo", pictures(2))
     assert encoder.rooms[-1] == 12
 
 
 def test_pictures_without_a_trunk_are_resized(emulated, bundle):
     encoder = Encoder(emulated, bundle)
-    assert encoder.feed.encode("photo", pictures(2, side=11)).shape == (2, EMBED_DIM)
+    assert encoder.encode("photo", pictures(2, side=11)).shape == (2, EMBED_DIM)
     assert encoder.batches == [(2, 8, 8, 3)]
 
 
 def test_wrong_pictures_and_encoders_are_refused(emulated, bundle):
     encoder = Encoder(emulated, bundle)
     with pytest.raises(ValueError, match="pixels must be uint8"):
-        encoder.feed.encode("photo", pictures(2).astype(np.float32))
+        encoder.encode("photo", pictures(2).astype(np.float32))
     with pytest.raises(BundleError, match="no encoder 'z02'"):
-        encoder.feed.encode("z02", pictures(2))
+        encoder.encode("z02", pictures(2))
 
 
 def test_buffers_of_rows_are_used_again(emulated, bundle):
     encoder = Encoder(emulated, bundle)
     for _ in range(2):  # one for each staging buffer
-        encoder.feed.encode("photo", pictures(8))
+        encoder.encode("photo", pictures(8))
     before = emulated.calls.count("cudaMalloc")
     for _ in range(5):
-        encoder.feed.encode("photo", pictures(8))
+        encoder.encode("photo", pictures(8))
     assert emulated.calls.count("cudaMalloc") == before
     one, two = encoder.feed.rows("photo", 8), encoder.feed.rows("photo", 8)
     assert one._address != two._address
@@ -186,7 +206,7 @@ def test_rows_are_scored_where_there_are_kernels(emulated, bundle, monkeypatch, 
 def test_a_closed_feed_refuses_and_leaves_nothing(emulated, bundle):
     encoder = Encoder(emulated, bundle)
     rows = encoder.feed.rows("photo", 8)
-    encoder.feed.encode("photo", pictures(8))
+    encoder.encode("photo", pictures(8))
     encoder.feed.close()
     encoder.feed.close()
     encoder.cuda.close()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import AddressTiles, addresses
+from fakes import AddressTiles, HostEncoders, addresses
 
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.index import building as building_module
@@ -24,7 +24,7 @@ from geoengine.engine.tiles import all_xy
 D = 6
 
 
-class Encoder:
+class Encoder(HostEncoders):
     """A backend whose embeddings are drawn from the tile's address; may fail after some pictures."""
 
     name, variant, batch = "made", "fp32", 32

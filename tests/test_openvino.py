@@ -75,6 +75,14 @@ def test_an_embedding_is_the_same_in_any_batch(backend, count):
     np.testing.assert_allclose(backend.encode("photo", pixels[-count:]), whole[-count:], rtol=0, atol=1e-6)
 
 
+def test_groups_of_several_encoders_share_trunk_batches(backend, bundle):
+    names = sorted(bundle.manifest.graphs[backend.variant].heads)
+    assert len(names) > 1
+    groups = [(name, sample_pictures(SIDE, 7 + at)) for at, name in enumerate((*names, names[0], *names))]
+    for (name, pixels), rows in zip(groups, backend.encode_mixed(groups), strict=True):
+        np.testing.assert_allclose(rows, backend.encode(name, pixels), rtol=0, atol=1e-6)
+
+
 def test_the_number_of_threads_changes_nothing(backend, bundle):
     pixels = sample_pictures(SIDE, 5)
     other = OpenVino(bundle, threads=1)

@@ -55,7 +55,8 @@ def collect(source, zoom, xy, *, batch=32, then=lambda count: None, **options):
     """The addresses that were handed on, in what lots, and what became of the tiles."""
     lots = []
 
-    def append(pixels):
+    def append(pixels, digests):
+        assert len({*digests}) == len(digests) == len(pixels)
         lots.append([tuple(row) for row in addresses(pixels.copy()).tolist()])
         then(sum(map(len, lots)))
 
@@ -146,9 +147,11 @@ class Drawn(AddressTiles):
 
 def gather(source, zoom, xy, **options):
     pictures = []
-    arrived = hand_on(
-        source, zoom, xy, lambda p: pictures.extend(p.copy()), batch=32, progress=lambda done: None, **options
-    )
+
+    def append(pixels, digests):
+        pictures.extend(pixels.copy())
+
+    arrived = hand_on(source, zoom, xy, append, batch=32, progress=lambda done: None, **options)
     return [pictures[row] if row >= 0 else None for row in arrived.rows], arrived
 
 
@@ -270,7 +273,7 @@ def test_a_late_tile_of_a_server_is_still_kept(tmp_path):
                 source,
                 3,
                 all_xy(3),
-                lambda pixels: None,
+                lambda pixels, digests: None,
                 batch=32,
                 progress=lambda done: None,
                 until=time.monotonic() + 1,

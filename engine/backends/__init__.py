@@ -37,12 +37,17 @@ _log = logging.getLogger(__name__)
 class EmbeddingRows(Protocol):
     """The embeddings of some pictures, kept where the encoder runs until they have been scored."""
 
-    def append(self, pixels: NDArray[np.uint8]) -> None:
+    def append(self, pixels: NDArray[np.uint8], digests: Sequence[bytes] = ()) -> None:
         """Encode uint8[n, S, S, 3] and keep the embeddings as the next n rows.
 
-        It may return before the encoder is done; `pixels` may be overwritten at once. Raises BackendError
-        when the encoder cannot run.
+        It may return before the encoder is done; `pixels` may be overwritten at once. `digests`, one for each
+        picture or none, are equal for equal pictures: who encodes for many callers may know some already.
+        Raises BackendError when the encoder cannot run.
         """
+        ...
+
+    def download(self) -> NDArray[np.float32]:
+        """Return the rows that there are, float32[n, d], in ordinary memory; d may be 0 while n is."""
         ...
 
     def top_k(
@@ -57,7 +62,7 @@ class EmbeddingRows(Protocol):
 
 
 class Backend(Protocol):
-    """Runs the encoders of one bundle; `encode` may be called from several threads at once."""
+    """Runs the encoders of one bundle; it may be called from several threads at once."""
 
     @property
     def name(self) -> str:
@@ -87,6 +92,13 @@ class Backend(Protocol):
         agrees to 1e-6 on a CPU, and to the rounding of its precision on a GPU. `pixels` is read only during
         the call. Raises BackendError when the encoder cannot run, BundleError when it was not loaded yet and
         the bundle has been replaced since it was opened.
+        """
+        ...
+
+    def encode_mixed(self, groups: Sequence[tuple[str, NDArray[np.uint8]]]) -> list[NDArray[np.float32]]:
+        """Return what `encode` gives for each group, an encoder and its pictures, of which there may be many.
+
+        Pictures of equal sides share runs of the trunk, whatever their encoders.
         """
         ...
 

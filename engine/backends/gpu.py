@@ -6,23 +6,23 @@ import logging
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geoengine.engine.backends.batches import picture_batches
+from geoengine.engine.backends.batches import Group, Run, picture_batches, split_rows
 from geoengine.engine.backends.cuda import Cuda, DeviceArray
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError
 from geoengine.engine.manifest import Variant
 
-EncodeInto: TypeAlias = Callable[[str, DeviceArray, int], None]
-"""(encoder, pixels uint8[n, S, S, 3] on the GPU, address for float32[n, d]); enqueues on the feed's stream.
+EncodeInto: TypeAlias = Callable[[DeviceArray, Sequence[Run], int], None]
+"""(pixels uint8[n, S, S, 3] on the GPU, heads, address for float32[n, d]); enqueues on the feed's stream.
 
-The encoder has a trunk for side S. `pixels.room` pictures lie in memory from there on: those past n hold
+There is a trunk for side S. `pixels.room` pictures lie in memory from there on: those past n hold
 anything, and may be computed too where that is faster. `pixels` lies at one of two addresses, in every call.
 """
 
@@ -72,12 +72,16 @@ class GpuFeed:
         self._staging = _Staging(cuda, self.stream, self._slot_bytes)
         self._closed = False
 
-    def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`."""
+    def encode_mixed(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
+        """Return the embeddings of each group's pictures, float32[n, d]; see `Backend`."""
+        for encoder, _ in groups:
+            self._bundle.head_path(encoder, self._variant)  # raises for an unknown encoder
+        counts = [len(pixels) for _, pixels in groups]
         with self.lock:
-            rows = self.rows(encoder, len(pixels))
-            rows.append(pixels)
-            return rows.download()
+            self.check_open()
+            rows = DeviceRows(self, "", sum(counts))
+            rows.add(groups)
+            return split_rows(rows.download(), counts)
 
     def rows(self, encoder: str, capacity: int) -> DeviceRows:
         """Return room on the GPU for the embeddings of `capacity` pictures of one encoder."""
@@ -86,15 +90,12 @@ class GpuFeed:
             self.check_open()
             return DeviceRows(self, encoder, capacity)
 
-    def append(self, encoder: str, pixels: NDArray[np.uint8], address: int) -> None:
-        """Enqueue the encoder for uint8[n, S, S, 3] pictures, float32[n, d] going to `address`."""
-        for _, batch in picture_batches(self._bundle, pixels, self._variant, self._max_batch):
-            step = self._slot_bytes // batch[0].nbytes
-            for start in range(0, len(batch), step):
-                part = batch[start : start + step]
-                self._encode_into(encoder, self._staging.load(part), address)
-                self._staging.release()
-                address += len(part) * self.width * 4
+    def append(self, groups: Sequence[Group], address: int) -> None:
+        """Enqueue the encoders for the groups' pictures, float32[n, d] going to `address`."""
+        for batch in picture_batches(self._bundle, groups, self._variant, self._max_batch, self._slot_bytes):
+            self._encode_into(self._staging.load(batch.pixels), batch.runs, address)
+            self._staging.release()
+            address += len(batch.pixels) * self.width * 4
 
     def check_open(self) -> None:
         """Raise BackendError when the feed is closed."""
@@ -134,7 +135,12 @@ class GpuBackend(ABC):
 
     def encode(self, encoder: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the unit embeddings, float32[n, d], of uint8[n, S, S, 3] pictures; see `Backend`."""
-        return self._feed.encode(encoder, pixels)
+        [embeddings] = self._feed.encode_mixed([(encoder, pixels)])
+        return embeddings
+
+    def encode_mixed(self, groups: Sequence[Group]) -> list[NDArray[np.float32]]:
+        """Return the embeddings of each group's pictures, float32[n, d]; see `Backend`."""
+        return self._feed.encode_mixed(groups)
 
     def rows(self, encoder: str, capacity: int) -> DeviceRows:
         """Return room on the GPU for the embeddings of `capacity` pictures of one encoder."""
@@ -157,16 +163,22 @@ class DeviceRows:
         self._count = 0
         weakref.finalize(self, feed.buffers.give_back, self._address, size)
 
-    def append(self, pixels: NDArray[np.uint8]) -> None:
+    def append(self, pixels: NDArray[np.uint8], digests: Sequence[bytes] = ()) -> None:
         """Enqueue the encoder for uint8[n, S, S, 3] pictures, whose embeddings become the next n rows."""
-        if self._count + len(pixels) > self._capacity:
+        del digests
+        self.add([(self._encoder, pixels)])
+
+    def add(self, groups: Sequence[Group]) -> None:
+        """Enqueue the encoders for the pictures of all groups, whose embeddings become the next rows."""
+        count = sum(len(pixels) for _, pixels in groups)
+        if self._count + count > self._capacity:
             raise ValueError(
-                f"there is room for {self._capacity} embeddings, got {self._count} and {len(pixels)} more"
+                f"there is room for {self._capacity} embeddings, got {self._count} and {count} more"
             )
         with self._feed.lock:
             self._feed.check_open()
-            self._feed.append(self._encoder, pixels, self._address + self._count * self._feed.width * 4)
-        self._count += len(pixels)
+            self._feed.append(groups, self._address + self._count * self._feed.width * 4)
+        self._count += count
 
     def top_k(
         self, queries: NDArray[np.float32], k: int, rows: NDArray[np.int64], segments: NDArray[np.int64]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.backends import ONNXRUNTIME_CPU, choose_variant
-from geoengine.engine.backends.batches import HostBackend
+from geoengine.engine.backends.batches import HostBackend, PictureBatch
 from geoengine.engine.backends.sessions import Sessions, first_line, load_onnxruntime
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores
@@ -52,8 +52,14 @@ class OnnxRuntimeCpu(HostBackend):
         """Free the loaded graphs; `encode` raises BackendError afterwards."""
         self._sessions.close()
 
-    def _encode_batch(self, trunk: Path, head: Path, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._run(head, "embedding", self._run(trunk, "tokens", batch))
+    def _encode_batch(self, batch: PictureBatch) -> NDArray[np.float32]:
+        tokens = self._run(batch.trunk, "tokens", batch.pixels)
+        return np.concatenate(
+            [
+                self._run(self._head(run.encoder), "embedding", tokens[run.start : run.end])
+                for run in batch.runs
+            ]
+        )
 
     def _configure(self, options: SessionOptions) -> None:
         options.intra_op_num_threads = self.threads

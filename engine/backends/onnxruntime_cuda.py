@@ -7,12 +7,14 @@ import functools
 import io
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geoengine.engine.backends import ONNXRUNTIME_CUDA, choose_variant
+from geoengine.engine.backends.batches import Run
 from geoengine.engine.backends.cuda import DeviceArray, gpu_info
 from geoengine.engine.backends.gpu import GRAPH_BATCHES, PREFERRED_BATCH, GpuBackend, GpuFeed, graph_batch
 from geoengine.engine.backends.sessions import Sessions, first_line, load_onnxruntime
@@ -102,20 +104,29 @@ class OnnxRuntimeCuda(GpuBackend):
         assert path is not None, "pictures come here only at sides that have a trunk"
         return path
 
-    def _encode_into(self, encoder: str, pixels: DeviceArray, address: int) -> None:
-        """Enqueue trunk and head for one batch; see `EncodeInto`."""
-        trunk, head = self._trunk(pixels.shape[1]), self._bundle.head_path(encoder, self.variant)
+    def _encode_into(self, pixels: DeviceArray, runs: Sequence[Run], address: int) -> None:
+        """Enqueue trunk and heads for one batch; see `EncodeInto`."""
+        trunk = self._trunk(pixels.shape[1])
+        heads = [self._bundle.head_path(run.encoder, self.variant) for run in runs]
         count = pixels.shape[0]
         batch = graph_batch(count, min(pixels.room, GRAPH_BATCHES[-1]))
-        run = count if batch is None else batch
-        target = address if batch is None else self._embeddings
-        pictures = self._array(pixels.address, (run, *pixels.shape[1:]), "|u1")
-        tokens = self._array(self._tokens, (run, *self._token_shape), "<f4")
-        embeddings = self._array(target, (run, self._bundle.embed_dim), "<f4")
-        self._run(trunk, pictures, tokens, replayed=batch is not None)
-        self._run(head, tokens, embeddings, replayed=batch is not None)
-        if target != address:
-            self._cuda.move(address, target, count * self._row_bytes, self._feed.stream)
+        done = count if batch is None else batch
+        pictures = self._array(pixels.address, (done, *pixels.shape[1:]), "|u1")
+        self._run(trunk, pictures, self._token_rows(0, done), replayed=batch is not None)
+        if batch is not None and len(runs) == 1:
+            embeddings = self._array(self._embeddings, (batch, self._bundle.embed_dim), "<f4")
+            self._run(heads[0], self._token_rows(0, batch), embeddings, replayed=True)
+            self._cuda.move(address, self._embeddings, count * self._row_bytes, self._feed.stream)
+            return
+        # A CUDA graph is tied to its addresses, and runs may begin anywhere.
+        for run, head in zip(runs, heads, strict=True):
+            shape = (run.end - run.start, self._bundle.embed_dim)
+            embeddings = self._array(address + run.start * self._row_bytes, shape, "<f4")
+            self._run(head, self._token_rows(run.start, run.end), embeddings, replayed=False)
+
+    def _token_rows(self, start: int, end: int) -> DeviceArray:
+        size = 4 * math.prod(self._token_shape)
+        return self._array(self._tokens + start * size, (end - start, *self._token_shape), "<f4")
 
     def _array(self, address: int, shape: tuple[int, ...], typestr: str) -> DeviceArray:
         return DeviceArray(address, shape, typestr, stream=self._feed.stream)

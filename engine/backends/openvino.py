@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.backends import OPENVINO, choose_variant
-from geoengine.engine.backends.batches import HostBackend
+from geoengine.engine.backends.batches import HostBackend, PictureBatch
 from geoengine.engine.backends.sessions import first_line
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores
@@ -56,9 +56,14 @@ class OpenVino(HostBackend):
             self._closed = True
             self._requests.clear()
 
-    def _encode_batch(self, trunk: Path, head: Path, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _encode_batch(self, batch: PictureBatch) -> NDArray[np.float32]:
+        embeddings = np.empty((len(batch.pixels), self._bundle.embed_dim), dtype=np.float32)
         with self._lock:  # results lie in the requests' memory until they run again
-            return self._run(head, self._run(trunk, np.ascontiguousarray(batch))).copy()
+            tokens = self._run(batch.trunk, np.ascontiguousarray(batch.pixels))
+            for run in batch.runs:
+                own = slice(run.start, run.end)
+                embeddings[own] = self._run(self._head(run.encoder), tokens[own])
+        return embeddings
 
     def _run(self, path: Path, value: NDArray[Any]) -> NDArray[np.float32]:
         if self._closed:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from geoengine.engine.backends import TENSORRT, choose_variant
+from geoengine.engine.backends.batches import Run
 from geoengine.engine.backends.cuda import DeviceArray, gpu_info, mib
 from geoengine.engine.backends.gpu import (
     GRAPH_BATCHES,
@@ -86,19 +88,24 @@ class TensorRt(GpuBackend):
     def _scratch_bytes(self) -> int:
         return max(plan.scratch_bytes for plan in self._plans.plans.values())
 
-    def _encode_into(self, encoder: str, pixels: DeviceArray, address: int) -> None:
-        """Enqueue trunk and head for one batch; see `EncodeInto`."""
+    def _encode_into(self, pixels: DeviceArray, runs: Sequence[Run], address: int) -> None:
+        """Enqueue trunk and heads for one batch; see `EncodeInto`."""
         side, count = pixels.shape[1], pixels.shape[0]
         trunk = self._plan(self._graph(self._bundle.trunk_path(side, VARIANT)))
-        head = self._plan(self._graph(self._bundle.head_path(encoder, VARIANT)))
+        heads = [self._plan(self._graph(self._bundle.head_path(run.encoder, VARIANT))) for run in runs]
         batch = graph_batch(count, min(pixels.room, self._graph_rows))
         if batch is None:
             trunk.enqueue(count, pixels.address, self._tokens)
-            head.enqueue(count, self._tokens, address)
-            return
-        trunk.replay(batch, pixels.address, self._tokens)
-        head.replay(batch, self._tokens, self._embeddings)
-        self._cuda.move(address, self._embeddings, count * self._row_bytes, self._feed.stream)
+        else:
+            trunk.replay(batch, pixels.address, self._tokens)
+            if len(runs) == 1:
+                heads[0].replay(batch, self._tokens, self._embeddings)
+                self._cuda.move(address, self._embeddings, count * self._row_bytes, self._feed.stream)
+                return
+        # A CUDA graph is tied to its addresses, and runs may begin anywhere.
+        for run, head in zip(runs, heads, strict=True):
+            tokens = self._tokens + trunk.output_bytes(run.start)
+            head.enqueue(run.end - run.start, tokens, address + run.start * self._row_bytes)
 
     def _graph(self, path: Path | None) -> str:
         assert path is not None, "pictures come here only at sides that have a trunk"

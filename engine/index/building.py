@@ -38,7 +38,7 @@ from geoengine.engine.index.tile_index import (
     level_file,
 )
 from geoengine.engine.manifest import encoder_name
-from geoengine.engine.pictures import HostEmbeddings, hand_on
+from geoengine.engine.pictures import hand_on
 from geoengine.engine.regions import Region
 from geoengine.engine.regions.box import Overlap, searched_area
 from geoengine.engine.sources import TileSource
@@ -217,7 +217,7 @@ def _build_level(
     progress(zoom, before, len(ids))
     for start in range(0, len(rest), TILES_PER_PART):
         part, done = rest[start : start + TILES_PER_PART], before + start
-        embeddings = HostEmbeddings(backend, encoder_name(zoom), width)
+        embeddings = backend.rows(encoder_name(zoom), len(part))
         arrived = hand_on(
             source,
             zoom,
@@ -228,8 +228,8 @@ def _build_level(
         )
         there = arrived.rows >= 0
         file = new_part(folder, zoom)
-        rows = embeddings.joined()[arrived.rows[there]]
-        write_segment(file, zoom, part[there], part[~there], width, [rows])
+        rows = [embeddings.download()[arrived.rows[there]]] if there.any() else []
+        write_segment(file, zoom, part[there], part[~there], width, rows)
         segments.append(Segment.open(file))
         progress(zoom, done + len(part), len(ids))
     if not segments:

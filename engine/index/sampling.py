@@ -9,7 +9,7 @@ from geoengine.engine.index.errors import TileIndexError
 from geoengine.engine.index.segments import tiles_of_ids
 from geoengine.engine.index.tile_index import TileIndex
 from geoengine.engine.manifest import encoder_name
-from geoengine.engine.pictures import HostEmbeddings, hand_on
+from geoengine.engine.pictures import hand_on
 from geoengine.engine.sources import TileSource
 
 LEAST_COSINE = 0.98
@@ -31,12 +31,12 @@ def compare_sample(
         if not len(rows):
             continue
         xy = tiles_of_ids(segment.ids[rows])
-        fresh = HostEmbeddings(backend, encoder_name(zoom), segment.rows.shape[1])
+        fresh = backend.rows(encoder_name(zoom), len(xy))
         arrived = hand_on(source, zoom, xy, fresh.append, batch=backend.batch, progress=lambda done: None)
         if (arrived.rows < 0).any():
             x, y = xy[np.argmin(arrived.rows)].tolist()
             raise TileIndexError(f"{index.path}: {source.name} has no tile {zoom}/{x}/{y} any more")
-        cosines = (fresh.joined()[arrived.rows] * segment.rows[rows].astype(np.float32)).sum(axis=1)
+        cosines = (fresh.download()[arrived.rows] * segment.rows[rows].astype(np.float32)).sum(axis=1)
         worst = int(np.argmin(cosines))
         if cosines[worst] < LEAST_COSINE:
             x, y = xy[worst].tolist()

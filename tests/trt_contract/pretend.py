@@ -21,7 +21,7 @@ SCRATCH_BYTES = 1000
 
 def tokens_of(pixels):
     """uint8[n, S, S, 3] -> float32[n, TOKENS, WIDTH]."""
-    flat = pixels.reshape(len(pixels), -1).astype(np.float32) / 255
+    flat = pixels.reshape(len(pixels), int(np.prod(pixels.shape[1:]))).astype(np.float32) / 255
     sums = [flat[:, start :: TOKENS * WIDTH].sum(axis=1) for start in range(TOKENS * WIDTH)]
     return np.stack(sums, axis=1).reshape(-1, TOKENS, WIDTH)
 
@@ -30,7 +30,7 @@ def embeddings_of(stem, tokens):
     """float32[n, TOKENS, WIDTH] -> unit float32[n, EMBED_DIM], another one for every head."""
     seed = int.from_bytes(stem.encode(), "little") % (1 << 32)
     matrix = np.random.default_rng(seed).normal(size=(TOKENS * WIDTH, EMBED_DIM)).astype(np.float32)
-    rows = tokens.reshape(len(tokens), -1) @ matrix
+    rows = tokens.reshape(len(tokens), TOKENS * WIDTH) @ matrix
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 

@@ -207,6 +207,21 @@ def check_encoders_and_picture_sides():
     backend.close()
 
 
+def check_pictures_of_several_encoders_share_the_trunk():
+    backend = TensorRt(BUNDLE)
+    for counts in ((3, 0, 2, 1), (20, 12, 30, 9), (300, 1, 200, 900)):
+        groups = [
+            (encoder, pictures(count, seed=count))
+            for encoder, count in zip(("z01", "photo", "z03", "z01"), counts, strict=True)
+        ]
+        for _ in range(3):  # once with each staging buffer, then from a captured graph
+            PRETEND.executed.clear()
+            found = backend.encode_mixed(groups)
+            for (encoder, pixels), rows in zip(groups, found, strict=True):
+                np.testing.assert_allclose(rows, expected(encoder, pixels), atol=1e-6)
+    backend.close()
+
+
 def check_staging_waits_for_what_still_reads_it():
     for eager in (False, True):
         backend = TensorRt(BUNDLE)
