@@ -81,7 +81,8 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def _build(path: Path) -> EngineBundle:
-    from geoengine.export.build import BuildConfig, build_engines
+    from geoengine.export.build import build_engines
+    from geoengine.export.config import BuildConfig
 
     build_engines(
         BuildConfig(

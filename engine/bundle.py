@@ -7,7 +7,9 @@ onnx/head_<encoder>.<variant>.onnx  tokens -> unit embedding; `<encoder>` is "ph
 onnx/*.weights                      weights that graphs share
 tensorrt/<machine>/                 what TensorRT compiled from the graphs on some machine
 calibration.json                    what `geoengine calibrate` fitted, where it ran; not in the manifest
+geoclip/                            a bundle of GeoCLIP, if there is one: "photo" is its photo encoder
 ```
+A folder that has only `geoclip/` opens as that bundle.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from geoengine.engine.manifest import MANIFEST, BundleFile, Graphs, Manifest, Va
 
 PLANET = Path(__file__).parent / "data" / "planet"
 """The ready bundle of the built-in planet, which the package brings."""
+
+GEOCLIP = "geoclip"
+"""The folder inside a bundle's that has the bundle of GeoCLIP."""
 
 _HASH_CHUNK = 1 << 20
 
@@ -44,6 +49,8 @@ class EngineBundle:
         costs about a second per gigabyte. Raises BundleError naming the folder, what is wrong and what to do.
         """
         folder = resolve_bundle(path)
+        if not (folder / MANIFEST).is_file() and (folder / GEOCLIP / MANIFEST).is_file():
+            folder = folder / GEOCLIP
         file = folder / MANIFEST
         if not file.is_file():
             raise BundleError(f"{folder} is no engine bundle (it has no {MANIFEST}): {_remedy(folder)}")
@@ -94,6 +101,13 @@ class EngineBundle:
         """The variants that the bundle has."""
         return tuple(self.manifest.graphs)
 
+    def geoclip(self) -> EngineBundle | None:
+        """Return GeoCLIP's bundle: this one, the one inside it, or None; raises as `open` does."""
+        if self.manifest.geoclip is not None:
+            return self
+        folder = self.path / GEOCLIP
+        return EngineBundle.open(folder) if (folder / MANIFEST).is_file() else None
+
     def trunk_path(self, side: int, variant: Variant) -> Path | None:
         """Return the trunk for square uint8 pictures of `side` pixels, or None when there is none.
 
@@ -128,7 +142,7 @@ def resolve_bundle(spec: str | Path | None) -> Path:
     if spec is not None:
         return PLANET if spec == "planet" else Path(spec)
     for folder in usual_folders():
-        if (folder / MANIFEST).is_file():
+        if (folder / MANIFEST).is_file() or (folder / GEOCLIP / MANIFEST).is_file():
             if _shows_planet(folder):
                 raise BundleError(
                     f"the engine bundle in {folder} is for the built-in planet, not for Earth: "
@@ -136,7 +150,8 @@ def resolve_bundle(spec: str | Path | None) -> Path:
                 )
             return folder
     raise BundleError(
-        "no engine bundle found: run `geoengine build-engines --out engines/` to make one for Earth, "
+        "no engine bundle found: run `geoengine build-engines --geoclip --out engines/` to make one for "
+        "`locate --method geoclip`, `geoengine build-engines --out engines/` to make one with map encoders, "
         "or `geoengine locate --demo PHOTO` to try the built-in planet"
     )
 
@@ -161,6 +176,8 @@ def _shows_planet(folder: Path) -> bool:
 def _remedy(folder: Path) -> str:
     if folder == PLANET:
         return "install geoengine again"
+    if folder.name == GEOCLIP:
+        return f"build it again with `geoengine build-engines --geoclip --out {folder.parent}`"
     return f"build it again with `geoengine build-engines --out {folder}`"
 
 

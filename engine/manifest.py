@@ -69,6 +69,26 @@ class Graphs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GeoClipFiles:
+    """What a bundle of GeoCLIP has besides the graphs of its photo encoder.
+
+    `location` is the graph of the location encoder; `points` and `embeddings` are the gallery's, .npy files
+    float64[n, 2] (longitude and latitude in degrees) and float16[n, d]. `logit_scale` is the factor on
+    cosines in a softmax over the gallery, `package` the version of the package that all this comes from.
+    """
+
+    location: str
+    points: str
+    embeddings: str
+    logit_scale: float
+    package: str
+
+    def files(self) -> tuple[str, str, str]:
+        """Return all paths."""
+        return self.location, self.points, self.embeddings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What `manifest.json` says; paths are relative to the bundle's folder and use "/".
 
@@ -79,6 +99,8 @@ class Manifest:
     was measured. `files` maps every path but the manifest's to its checksum. `weights` is the SHA-256 of the
     encoders' float32 weights. `tools` (versions) and
     `parity` (figures against PyTorch, per variant and encoder) are for people and are not interpreted.
+
+    A bundle of GeoCLIP, which has no map encoders and no `levels`, says in `geoclip` what else it has.
     """
 
     schema: int
@@ -99,6 +121,7 @@ class Manifest:
     files: Mapping[str, BundleFile]
     tools: Mapping[str, Any]
     parity: Mapping[str, Any]
+    geoclip: GeoClipFiles | None = None
 
     @classmethod
     def from_json(cls, data: object) -> Manifest:
@@ -131,6 +154,7 @@ class Manifest:
             files={_path(path, "files"): _file(entry) for path, entry in fields.mapping("files").items()},
             tools=fields.mapping("tools"),
             parity=fields.mapping("parity"),
+            geoclip=_geoclip(fields.mapping("geoclip")) if fields.has("geoclip") else None,
         )
         manifest._check()
         return manifest
@@ -142,8 +166,12 @@ class Manifest:
         ):
             if value not in known:
                 raise ValueError(f'"{name}" must be one of {", ".join(known)}, got {value!r}')
-        if not self.levels or any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
+        rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
+        if not rising or not (self.levels or self.geoclip):
             raise ValueError(f'"levels" must increase strictly, got {list(self.levels)}')
+        for path in () if self.geoclip is None else self.geoclip.files():
+            if path not in self.files:
+                raise ValueError(f'"files" lacks {path}')
         if not self.graphs:
             raise ValueError('"graphs" is empty')
         for variant, graphs in self.graphs.items():
@@ -189,6 +217,12 @@ class _Fields:
         if name not in self._data:
             raise ValueError(f'"{name}" is missing')
         return self._data[name]
+
+    def has(self, name: str) -> bool:
+        return name in self._data
+
+    def number(self, name: str) -> float:
+        return _number(self._get(name), name)
 
     def text(self, name: str) -> str:
         return _typed(self._get(name), str, f'"{name}"')
@@ -246,6 +280,20 @@ def _graphs(value: object) -> Graphs:
     return Graphs(
         trunks={_side(side): _path(path, "trunks") for side, path in fields.mapping("trunks").items()},
         heads={name: _path(path, "heads") for name, path in fields.mapping("heads").items()},
+    )
+
+
+def _geoclip(value: object) -> GeoClipFiles:
+    fields = _Fields(value)
+    location, points, embeddings = (
+        _path(fields.text(name), "geoclip") for name in ("location", "points", "embeddings")
+    )
+    return GeoClipFiles(
+        location=location,
+        points=points,
+        embeddings=embeddings,
+        logit_scale=fields.number("logit_scale"),
+        package=fields.text("package"),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.backends import BACKENDS, TENSORRT, Backend, open_backend
-from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.bundle import GEOCLIP, EngineBundle
 from geoengine.engine.errors import BackendError, ExportError
+from geoengine.engine.manifest import Variant
 from geoengine.export.parity import Measurement, measure
 from geoengine.export.reference import REFERENCE, Reference, checked_pairs, load_reference
 from geoengine.export.report import BuildReport, make_report
@@ -110,6 +111,15 @@ def verify_bundle(path: str | Path, progress: Progress | None = None) -> BuildRe
     steps = Steps(progress)
     steps("read the bundle")
     bundle = EngineBundle.open(path)
+    geoclip = bundle.geoclip()
+    report = _verify(bundle, steps, start)
+    if geoclip is not None and geoclip.path != bundle.path:
+        report = report.joined(_verify(geoclip, steps, start), GEOCLIP)
+    steps("")
+    return report
+
+
+def _verify(bundle: EngineBundle, steps: Steps, start: float) -> BuildReport:
     reference = load_reference(bundle.path / REFERENCE)
     if find_spec("onnx") is not None:
         from geoengine.export.onnx_graphs import check_graph
@@ -119,8 +129,13 @@ def verify_bundle(path: str | Path, progress: Progress | None = None) -> BuildRe
                 steps(f"check {name}")
                 check_graph(bundle.path / name)
     results, skipped = check_backends(bundle, reference, steps)
-    steps("")
-    return make_report(bundle, results, skipped, time.perf_counter() - start)
+    figures: Mapping[str, Any] = {}
+    if bundle.manifest.geoclip is not None:
+        from geoengine.export.geoclip_check import check_geoclip
+
+        steps("check the location encoder and the gallery")
+        figures = check_geoclip(bundle)
+    return make_report(bundle, results, skipped, time.perf_counter() - start, figures)
 
 
 def compile_bundle(path: str | Path, *, max_batch: int, progress: Progress | None = None) -> BuildReport:
@@ -129,13 +144,22 @@ def compile_bundle(path: str | Path, *, max_batch: int, progress: Progress | Non
     `max_batch` is the largest number of pictures that the plans take at once. Raises BackendError when
     TensorRT cannot run here or the GPU has no room, ExportError when a graph cannot be compiled, or when a
     plan fails a check, which removes the plans. Plans that were not checked are refused until they have been.
+    GeoCLIP inside the bundle is compiled too, if it has fp16 graphs.
     """
+    bundle = EngineBundle.open(path)
+    geoclip = bundle.geoclip()
+    report = _compile(bundle, max_batch, progress)
+    if geoclip is not None and geoclip.path != bundle.path and Variant.fp16 in geoclip.variants:
+        report = report.joined(_compile(geoclip, max_batch, progress), GEOCLIP)
+    return report
+
+
+def _compile(bundle: EngineBundle, max_batch: int, progress: Progress | None) -> BuildReport:
     from geoengine.engine.backends.tensorrt import TensorRt
     from geoengine.export.tensorrt import build_plans, mark_checked, remove_plans
 
     start = time.perf_counter()
     steps = Steps(progress)
-    bundle = EngineBundle.open(path)
     reference = load_reference(bundle.path / REFERENCE)
     build_plans(bundle, max_batch=max_batch, progress=progress)
 
@@ -152,4 +176,4 @@ def compile_bundle(path: str | Path, *, max_batch: int, progress: Progress | Non
         remove_plans(bundle)
         raise
     steps("")
-    return make_report(bundle, results, {}, time.perf_counter() - start)
+    return make_report(bundle, results, {}, time.perf_counter() - start, {})

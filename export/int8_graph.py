@@ -20,12 +20,12 @@ from geoengine.export.int8_scales import Floats, InputScale, Product
 PATCH_WEIGHT = "w_patch"
 """The weight whose inputs are pixels."""
 
-_PROJECTION = "w_projection"  # of one row per picture: it costs nothing, and errors in it are not mixed
+_PROJECTION = "w_projection"  # of one row per picture: they cost nothing, and errors in them are not mixed
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A product with a dense layer's weight, `w_*` by its name; the last projection is none.
+    """A product with a dense layer's weight, `w_*` by its name; the last projections are none.
 
     `group` names the tensor that its input was sliced from, if it was: sites of one group share their scale.
     """
@@ -44,7 +44,7 @@ def find_sites(graph: ir.Graph) -> list[Site]:
             source, weight = node.inputs
             assert source is not None and weight is not None  # MatMul has two inputs
             name = str(weight.name)
-            if name.rpartition(".")[2].startswith("w_") and name != _PROJECTION:
+            if name.rpartition(".")[2].startswith("w_") and not name.startswith(_PROJECTION):
                 sites.append(Site(node, name, str(source.name), str(_unsliced(source).name)))
     return sites
 

@@ -156,6 +156,9 @@ class Head:
         x = self._pool(drawing, x)
         if parts.projection is not None:
             x = drawing.dense("projection", parts.projection, x)
+        for number, layer in enumerate(parts.perceptron, 1):
+            x = drawing.op("Relu", x) if number > 1 else x
+            x = drawing.dense(f"projection_{number}", layer, x)
         length = drawing.op("ReduceL2", x, drawing.integers(-1), keepdims=1)
         x = drawing.op("Div", x, drawing.with_number("Max", length, 1e-12))
         return drawing.finish(x, "embedding", (parts.embed_dim,))

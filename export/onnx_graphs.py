@@ -27,7 +27,7 @@ def write_trunks(trunks: Mapping[int, Trunk], folder: Path, *, variant: Variant)
     """
     weights = WeightFile(folder / "trunk.weights")
     return {
-        side: _save(trunk.draw(variant), weights, folder / f"trunk.{side}.{variant}.onnx")
+        side: save_graph(trunk.draw(variant), weights, folder / f"trunk.{side}.{variant}.onnx")
         for side, trunk in trunks.items()
     }
 
@@ -42,13 +42,15 @@ def write_heads(heads: Iterable[tuple[str, Head]], folder: Path, *, variant: Var
     for encoder, head in heads:
         weights = WeightFile(folder / f"head_{encoder}.weights")
         try:
-            paths[encoder] = _save(head.draw(variant), weights, folder / f"head_{encoder}.{variant}.onnx")
+            paths[encoder] = save_graph(
+                head.draw(variant), weights, folder / f"head_{encoder}.{variant}.onnx"
+            )
         except ExportError as error:
             raise ExportError(f"encoder {encoder}: {error}") from error
     return paths
 
 
-def _save(model: ir.Model, weights: WeightFile, path: Path) -> Path:
+def save_graph(model: ir.Model, weights: WeightFile, path: Path) -> Path:
     """Write a graph with its larger weights beside it; those of a resize are its own and stay inside."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from geoengine.engine.backends import ONNXRUNTIME_CPU
 from geoengine.engine.bundle import EngineBundle
-from geoengine.engine.manifest import MANIFEST, PHOTO
+from geoengine.engine.manifest import MANIFEST, PHOTO, Variant
 from geoengine.export.parity import Measurement
 
 
@@ -17,7 +18,8 @@ class ReportRow:
     """One graph run by one backend: its agreement with PyTorch fp32, and its speed.
 
     A trunk's figures are those of the photo encoder at the trunk's side, a head's those of its encoder.
-    Speeds are of trunk and head together, on this machine. `bytes` are the file's, without shared weights.
+    Speeds are of trunk and head together, on this machine; of GeoCLIP's location
+    encoder and of its gallery they are points per second. `bytes` are the file's, without shared weights.
     """
 
     artifact: str
@@ -50,14 +52,22 @@ class BuildReport:
         """Whether the weights are random, so that nothing but speed means anything."""
         return self.pretrained == "none"
 
+    def joined(self, inner: BuildReport, folder: str) -> BuildReport:
+        """Return one report of this bundle and of the one in its `folder`."""
+        rows = tuple(replace(row, artifact=f"{folder}/{row.artifact}") for row in inner.rows)
+        return replace(
+            self, rows=self.rows + rows, bytes=self.bytes + inner.bytes, seconds=self.seconds + inner.seconds
+        )
+
 
 def make_report(
     bundle: EngineBundle,
     results: Sequence[Measurement],
     skipped: Mapping[str, str],
     seconds: float,
+    geoclip: Mapping[str, Mapping[str, Any]],
 ) -> BuildReport:
-    """Lay the measurements out by graph and backend."""
+    """Lay the measurements out by graph and backend; `geoclip` are the figures of `check_geoclip`, if any."""
     manifest = bundle.manifest
     rows = []
     for result in results:
@@ -66,6 +76,9 @@ def make_report(
         if result.side == manifest.image_size:
             files.append(graphs.heads[result.encoder])
         rows += [_row(file, result, manifest.files[file].bytes) for file in files]
+    if manifest.geoclip is not None and geoclip:
+        named = {"location": manifest.geoclip.location, "gallery": manifest.geoclip.embeddings}
+        rows += [_points_row(file, geoclip[name], manifest.files[file].bytes) for name, file in named.items()]
     return BuildReport(
         path=bundle.path,
         model=manifest.model,
@@ -89,6 +102,19 @@ def _row(file: str, result: Measurement, size: int) -> ReportRow:
         min_cosine=min(cosines),
         mean_cosine=sum(cosines) / len(cosines),
         images_per_second=result.images_per_second,
+        bytes=size,
+    )
+
+
+def _points_row(file: str, figures: Mapping[str, Any], size: int) -> ReportRow:
+    """Return the row of GeoCLIP's location encoder or gallery; what it encodes are points."""
+    return ReportRow(
+        artifact=file,
+        variant=Variant.fp32,
+        backend=ONNXRUNTIME_CPU,
+        min_cosine=figures["min_cosine"],
+        mean_cosine=figures["mean_cosine"],
+        images_per_second=figures["points_per_second"],
         bytes=size,
     )
 

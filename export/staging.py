@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from geoengine.engine.backends.plans import FOLDER
-from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.bundle import GEOCLIP, EngineBundle
 from geoengine.engine.errors import BundleError, ExportError
 from geoengine.engine.manifest import MANIFEST
 
@@ -104,7 +104,9 @@ def staging_path(target: Path) -> Path:
 
 def check_target(target: Path) -> None:
     """Refuse a path that holds something else than a bundle, which replacing would destroy."""
-    if target.is_dir() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+    own = {GEOCLIP, staging_path(target / GEOCLIP).name}
+    other = target.is_dir() and any(entry.name not in own for entry in target.iterdir())
+    if other and not (target / MANIFEST).is_file():
         raise ExportError(f"{target} exists and is not an engine bundle; name another folder with --out")
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file; name a folder with --out")
@@ -121,6 +123,20 @@ def keep_plans(target: Path, folder: Path) -> None:
         if old.manifest.weights == new.manifest.weights and (target / FOLDER).is_dir():
             hidden = shutil.ignore_patterns(".*")
             shutil.copytree(target / FOLDER, folder / FOLDER, copy_function=os.link, ignore=hidden)
+
+
+def keep_geoclip(target: Path, folder: Path) -> None:
+    """Take over GeoCLIP from an earlier bundle in its place: it does not depend on the other encoders."""
+    shutil.rmtree(folder / GEOCLIP, ignore_errors=True)
+    if (target / GEOCLIP / MANIFEST).is_file():
+        shutil.copytree(target / GEOCLIP, folder / GEOCLIP, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk without hard links
+        shutil.copy2(source, target)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ them), in the forms that `tower_parts` does not refuse.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -82,7 +82,8 @@ class TowerParts:
     `patch` holds the patch embedding's weight[width, 3, patch size, patch size]. `prefix`[p, width] and
     `position`[patches, width] are what the tokens before the patches are, and what is added to the patches.
     `token_norm` is applied to all tokens, `pool_norm` to the pooled one. `first_pooled` is the first token
-    that a pooling of several tokens sees.
+    that a pooling of several tokens sees. `perceptron` are dense layers after the projection, with ReLU
+    between them.
     """
 
     image_size: int
@@ -96,6 +97,7 @@ class TowerParts:
     first_pooled: int
     pool_norm: nn.LayerNorm | None
     projection: Dense | None
+    perceptron: tuple[Dense, ...] = ()
 
     @property
     def patch_size(self) -> int:
@@ -115,7 +117,22 @@ class TowerParts:
     @property
     def embed_dim(self) -> int:
         """The length of an embedding."""
-        return self.width if self.projection is None else int(self.projection.weight.shape[0])
+        last = self.perceptron[-1] if self.perceptron else self.projection
+        return self.width if last is None else int(last.weight.shape[0])
+
+
+class TowerAndPerceptron(nn.Module):
+    """A tower, and dense layers with ReLU between them on what it gives; as GeoCLIP's image encoder is."""
+
+    def __init__(self, tower: nn.Module, perceptron: nn.Sequential) -> None:
+        super().__init__()
+        self.tower, self.perceptron = tower, perceptron
+        self.image_size = tower.image_size
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return the embeddings of prepared pictures, [n, d]."""
+        embeddings: Tensor = self.perceptron(self.tower(pictures))
+        return embeddings
 
 
 def tower_parts(tower: Tower) -> TowerParts:
@@ -123,6 +140,9 @@ def tower_parts(tower: Tower) -> TowerParts:
     from open_clip.timm_model import TimmModel  # type: ignore[import-untyped]
     from open_clip.transformer import VisionTransformer  # type: ignore[import-untyped]
 
+    if isinstance(tower, TowerAndPerceptron):
+        layers = [module for module in tower.perceptron if isinstance(module, nn.Linear)]
+        return replace(tower_parts(tower.tower), perceptron=tuple(map(_dense, layers)))
     if isinstance(tower, VisionTransformer):
         parts = _open_clip_parts(tower)
     elif isinstance(tower, TimmModel):

@@ -17,9 +17,10 @@ from geoengine.engine.backends import open_backend, tensorrt_runner
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, BundleError, ExportError, MissingExtraError
 from geoengine.engine.manifest import Variant
-from geoengine.export import build, check, encoders, onnx_graphs, parity, reference, staging
-from geoengine.export.build import BuildConfig, build_engines
+from geoengine.export import build, check, encoders, onnx_graphs, parity, reference, staging, work
+from geoengine.export.build import build_engines
 from geoengine.export.check import verify_bundle
+from geoengine.export.config import BuildConfig
 from geoengine.export.pictures import sample_pictures
 from geoengine.export.staging import locked
 
@@ -353,8 +354,8 @@ def test_earth_bundles_take_the_usual_tile_sizes(monkeypatch):
     class Earth:
         world, image_size = "earth", 224
 
-    assert build._sides(BuildConfig(), Earth()) == (224, 256, 512)
-    assert build._sides(BuildConfig(input_sizes=()), Earth()) == (224,)
+    assert work._sides(BuildConfig(), Earth()) == (224, 256, 512)
+    assert work._sides(BuildConfig(input_sizes=()), Earth()) == (224,)
 
 
 def test_importing_the_configuration_loads_no_torch():
@@ -509,5 +510,5 @@ def test_the_faster_of_two_forms_is_preferred_on_a_gpu():
     cpu = measured("onnxruntime-cpu", Variant.fp16_attention, 9000.0)
     both = [measured("onnxruntime-cuda", Variant.fp16, 40.0), measured("onnxruntime-cuda", Variant.fp16, 5.0)]
     both += [measured("onnxruntime-cuda", Variant.fp16_attention, 9.0)] * 2
-    assert build._preferred([cpu]) == {}
-    assert build._preferred([cpu, *both]) == {"onnxruntime-cuda": "fp16-attention"}
+    assert work._preferred([cpu]) == {}
+    assert work._preferred([cpu, *both]) == {"onnxruntime-cuda": "fp16-attention"}

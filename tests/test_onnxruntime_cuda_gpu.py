@@ -20,7 +20,8 @@ SIZES = (1, 2, 7, 8, 32, 33, 64, 100, 256, 300)
 def bundle(tmp_path_factory):
     """CLIP's ViT-B/32 with random weights, for photos and one map encoder, held to the gates of a build."""
     from geoengine.engine.backends.cuda import gpu_info
-    from geoengine.export.build import BuildConfig, build_engines
+    from geoengine.export.build import build_engines
+    from geoengine.export.config import BuildConfig
 
     try:
         gpu_info()

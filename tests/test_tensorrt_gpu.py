@@ -27,7 +27,8 @@ def bundle(tmp_path_factory):
         load_tensorrt()
     except BackendError as missing:
         pytest.skip(str(missing))
-    from geoengine.export.build import BuildConfig, build_engines
+    from geoengine.export.build import build_engines
+    from geoengine.export.config import BuildConfig
 
     folder = tmp_path_factory.mktemp("tensorrt") / "engines"
     build_engines(

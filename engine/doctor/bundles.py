@@ -90,13 +90,14 @@ def _no_bundle(here: Path, data: Path) -> Finding:
 def _bundle(topic: str, path: str | Path, remedy: str) -> Finding:
     try:
         bundle = EngineBundle.open(path)
+        geoclip = bundle.geoclip()
     except BundleError as error:
         fix = remedy or f"geoengine build-engines --out {path}"
         return Finding(topic=topic, state=State.BROKEN, detail=str(error), remedy=fix)
-    manifest = bundle.manifest
-    zooms = ", ".join(map(str, bundle.levels))
+    zooms = f"levels {', '.join(map(str, bundle.levels))}" if bundle.levels else "no map encoders"
+    inside = "" if geoclip is None or geoclip is bundle else f"; with {model_name(geoclip.manifest)}"
     detail = (
-        f"{model_name(manifest)}, world {bundle.world}, levels {zooms}, {', '.join(bundle.variants)}; "
+        f"{model_name(bundle.manifest)}, world {bundle.world}, {zooms}, {', '.join(bundle.variants)}{inside}; "
         "checksums agree"
     )
     return Finding(topic=topic, state=State.OK, detail=detail)

@@ -10,8 +10,11 @@ import typer
 
 from geoengine.commands.levels import parse_levels
 from geoengine.commands.terminal import complain, progress_bar, write_result
+from geoengine.engine.errors import GeoEngineError
 
 if TYPE_CHECKING:
+    from geoengine.export.check import Progress
+    from geoengine.export.config import BuildConfig
     from geoengine.export.report import BuildReport
 
 
@@ -39,6 +42,13 @@ def build_engines(
         Path | None,
         typer.Option(help="Pictures to take int8's ranges from. Default: made ones.", metavar="DIR"),
     ] = None,
+    geoclip: Annotated[
+        bool, typer.Option("--geoclip", help="Export GeoCLIP alone, into the bundle in --out or a new one.")
+    ] = False,
+    geoclip_clip: Annotated[
+        str,
+        typer.Option(help="Weights of GeoCLIP's CLIP ViT-L/14: openai, a file, or none for random ones."),
+    ] = "openai",
     out: Annotated[Path, typer.Option(help="Folder of the bundle.", metavar="DIR")] = Path("engines"),
     verify: Annotated[
         bool, typer.Option("--verify", help="Build nothing: check the bundle in --out.")
@@ -49,12 +59,19 @@ def build_engines(
 ) -> None:
     """Export CLIP encoders into an engine bundle, and check that it agrees with PyTorch.
 
-    Needs the export extra: pip install 'geoengine[export]'. An existing bundle is replaced only after the new
-    one has passed every check. The same command goes on with a build that was interrupted.
+    Needs the export extra: pip install 'geoengine[export]'; --geoclip needs 'geoengine[geoclip]'. An existing
+    bundle is replaced only after the new one has passed every check, and GeoCLIP in it is kept. The same
+    command goes on with a build that was interrupted.
     """
-    from geoengine.export.build import BuildConfig, build_engines
+    from geoengine.export.build import build_engines
     from geoengine.export.check import compile_bundle, verify_bundle
+    from geoengine.export.config import BuildConfig
 
+    if geoclip and (checkpoints is not None or encoders is not None or levels is not None):
+        raise GeoEngineError(
+            "--geoclip exports nothing but GeoCLIP, which has no levels, checkpoints or encoders of its own: "
+            "leave those out, or give them in a command without --geoclip"
+        )
     with progress_bar("starting") as show:
 
         def progress(done: int, total: int, following: str) -> None:
@@ -78,13 +95,27 @@ def build_engines(
                 out=out,
             )
             try:
-                report = build_engines(config, progress)
+                report = (
+                    _build_geoclip(config, geoclip_clip, progress)
+                    if geoclip
+                    else build_engines(config, progress)
+                )
             except KeyboardInterrupt as interrupt:
                 complain(str(interrupt) or "the same command goes on with this build")
                 raise
     write_result(report_table(report))
     if report.random:
         complain("the weights are random: this bundle is good for measuring speed, and for nothing else")
+
+
+def _build_geoclip(config: BuildConfig, clip: str, progress: Progress) -> BuildReport:
+    from geoengine.engine.extras import require_extra
+    from geoengine.export.build import NEEDED
+
+    require_extra("geoclip", NEEDED, "adding GeoCLIP")
+    from geoengine.export.geoclip import build_geoclip
+
+    return build_geoclip(config, clip, progress)
 
 
 def report_table(report: BuildReport) -> str:

@@ -1,0 +1,9 @@
+"""GeoCLIP (Vivanco Cepeda et al. 2023): photos and places in one space; a photo is compared with a gallery.
+
+Its encoders and gallery lie in a bundle of their own, `geoclip/` in an engine bundle's folder, which
+`geoengine build-engines --geoclip` makes from the published package.
+"""
+
+from geoengine.engine.geoclip.model import GeoClip, Matches
+
+__all__ = ["GeoClip", "Matches"]

@@ -1,0 +1,151 @@
+"""`GeoClip`: photos in, places out, without a map tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geoengine.engine.backends import Backend, open_backend
+from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.errors import BundleError
+from geoengine.engine.geoclip.evidence import GeoClipEvidence, TileCentres
+from geoengine.engine.geoclip.gallery import Gallery
+from geoengine.engine.geoclip.locations import LocationEncoder
+from geoengine.engine.manifest import PHOTO
+from geoengine.engine.photos import Photo
+from geoengine.engine.preprocess import to_square
+from geoengine.engine.regions import Region
+from geoengine.engine.scoring.answer import RADIUS_SHARE
+from geoengine.engine.tiles import great_circle_km_array
+
+_PHOTO_CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Matches:
+    """The gallery's best points for one photo, best first.
+
+    `points` is float64[t, 2], longitude and latitude in degrees; `scores` are cosines, `shares` a softmax
+    over all points that were compared, with GeoCLIP's logit scale. `radius_km` is the great-circle distance
+    from the first point within which two thirds of the share lie, and at least as far as the next point; it
+    is not calibrated.
+    """
+
+    points: NDArray[np.float64]
+    scores: NDArray[np.float32]
+    shares: NDArray[np.float64]
+    radius_km: float
+
+
+class GeoClip:
+    """Compares photos with GeoCLIP's gallery, exactly: every point, at every call.
+
+    `backend` runs the photo encoder of `bundle`, GeoCLIP's own. `cache` is a folder for the embeddings of
+    tile centres that `evidence` computes.
+    """
+
+    def __init__(
+        self,
+        bundle: EngineBundle,
+        backend: Backend,
+        *,
+        threads: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        if bundle.manifest.geoclip is None:
+            raise BundleError(no_geoclip(bundle))
+        self.bundle, self.backend = bundle, backend
+        self.logit_scale = bundle.manifest.geoclip.logit_scale
+        self.gallery = Gallery.open(bundle)
+        self.locations = LocationEncoder.open(bundle, threads=threads)
+        self._centres = TileCentres(bundle, self.locations, cache)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: EngineBundle,
+        *,
+        backend: str = "auto",
+        precision: str | None = None,
+        threads: int | None = None,
+        cache: Path | None = None,
+    ) -> GeoClip:
+        """Open the GeoCLIP of a bundle; the arguments are those of `open_backend`, and `cache` as above.
+
+        Raises BundleError, with the command that mends it, when the bundle has none or a damaged one.
+        """
+        own = bundle.geoclip()
+        if own is None:
+            raise BundleError(no_geoclip(bundle))
+        with ExitStack() as undo:
+            opened = open_backend(own, backend=backend, precision=precision, threads=threads)
+            undo.callback(opened.close)
+            made = cls(own, opened, threads=threads, cache=cache)
+            undo.pop_all()
+        return made
+
+    def close(self) -> None:
+        """Close the backend."""
+        self.backend.close()
+
+    def embed(self, photos: Sequence[Photo]) -> NDArray[np.float32]:
+        """Return the photos' unit embeddings, float32[n, d]."""
+        size, mode = self.bundle.image_size, self.bundle.manifest.resize_mode
+        embeddings = np.empty((len(photos), self.bundle.embed_dim), dtype=np.float32)
+        for start in range(0, len(photos), _PHOTO_CHUNK):
+            chunk = photos[start : start + _PHOTO_CHUNK]
+            squares = np.stack([to_square(photo.pixels, size, mode) for photo in chunk])
+            embeddings[start : start + len(chunk)] = self.backend.encode(PHOTO, squares)
+        return embeddings
+
+    def best(
+        self, embeddings: NDArray[np.float32], top: int, *, within: Region | None = None
+    ) -> list[Matches]:
+        """Return the `top` points of the gallery for each photo embedding, float32[p, d].
+
+        With `within`, only points there are compared. Raises RegionError when there are none.
+        """
+        rows = self.gallery.within(within)
+        points = self.gallery.points if rows is None else self.gallery.points[rows]
+        return [self._matches(query[None], rows, points, top) for query in embeddings]
+
+    def evidence(self, embeddings: NDArray[np.float32]) -> GeoClipEvidence:
+        """Return what GeoCLIP says of map tiles for photo embeddings, float32[p, d]."""
+        return GeoClipEvidence(self.gallery, self._centres, self.logit_scale, embeddings)
+
+    def _matches(
+        self,
+        query: NDArray[np.float32],
+        rows: NDArray[np.int64] | None,
+        points: NDArray[np.float64],
+        top: int,
+    ) -> Matches:
+        scores, shares = (values[0] for values in self.gallery.shares(query, self.logit_scale, rows))
+        best = np.argsort(-scores, kind="stable")[:top]
+        return Matches(
+            points=points[best],
+            scores=scores[best],
+            shares=shares[best],
+            radius_km=_radius_km(points, int(best[0]), shares),
+        )
+
+
+def _radius_km(points: NDArray[np.float64], answer: int, shares: NDArray[np.float64]) -> float:
+    """Return how far around a point two thirds of the share lie, and at least as far as the next point."""
+    distances = great_circle_km_array(*points[answer], *points.T)
+    nearest_first = np.argsort(distances, kind="stable")
+    reached = int(np.searchsorted(np.cumsum(shares[nearest_first]), RADIUS_SHARE - 1e-12))
+    return float(distances[nearest_first[min(max(reached, 1), len(points) - 1)]])
+
+
+def no_geoclip(bundle: EngineBundle) -> str:
+    """Return the sentence that says how a bundle gets GeoCLIP."""
+    return (
+        f"engine bundle {bundle.path} has no GeoCLIP: "
+        f"`geoengine build-engines --geoclip --out {bundle.path}` adds it"
+    )
