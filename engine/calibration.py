@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,25 @@ NOT_CENTRED = (
 )
 
 
+class Among(StrEnum):
+    """Which tiles share the softmax of a level below the first: all `candidates`, or the `siblings`."""
+
+    candidates = "candidates"
+    siblings = "siblings"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LevelFit:
-    """One level's part in the path score: `weight` times log softmax of `scale` times the cosine.
+    """One level's part in the path score, see `engine.scoring.path.path_scores`.
 
-    `scale` is 1 / tau_z. `evidence` maps names of `TileEvidence` to their weights at this level.
+    `scale` is 1 / tau, `weight` w, `inherited` gamma, `among` says which tiles share the softmax. `evidence`
+    maps names of `TileEvidence` to their weights lambda.
     """
 
     scale: float
     weight: float = 1.0
+    inherited: float = 1.0
+    among: Among = Among.candidates
     evidence: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -202,7 +213,11 @@ def _fit_from_json(data: dict[str, Any]) -> Fit:
     for zoom, level in data["levels"].items():
         evidence = {str(name): _finite(value) for name, value in level["evidence"].items()}
         levels[int(zoom)] = LevelFit(
-            scale=_finite(level["scale"]), weight=_finite(level["weight"]), evidence=evidence
+            scale=_finite(level["scale"]),
+            weight=_finite(level["weight"]),
+            inherited=_finite(level["inherited"]),
+            among=Among(level["among"]),
+            evidence=evidence,
         )
     radii = tuple(
         RadiusFit(

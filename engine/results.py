@@ -28,8 +28,8 @@ class ScoredTile:
 
     `score` is what the search ranks tiles of one level by. Under the paper's score it is the cosine of the
     photo embedding and the tile embedding, -1 to 1; scores of different levels come from different encoders
-    and are not comparable. Under the path score it is a weighted sum of natural logarithms of probabilities,
-    from the first level down to this one, at most 0.
+    and are not comparable. Under the path score it is the natural logarithm of the probability that the
+    photo was taken in this tile rather than in another one scored for it at this level: at most 0.
     """
 
     tile: Tile
@@ -100,7 +100,7 @@ class ExifComparison:
 class Scoring:
     """How a search ranked its tiles and chose its answer.
 
-    `score` is "paper" (the level's cosine) or "path" (log-probabilities added along the path), `calibrated`
+    `score` is "paper" (the level's cosine) or "path" (log-probabilities along the path), `calibrated`
     whether the path score's temperatures and weights were fitted, `centred` whether the mean of a level's
     embeddings was subtracted from each. `quota` is the most children of one parent in a beam, None for any
     number. `objective` is "best-tile" or the radius, such as "25km", within which the answer holds most

@@ -8,7 +8,7 @@ from fakes import AddressTiles, HostEncoders
 from test_search import hashed_encode, picture, random_photos
 
 from geoengine.engine import search as search_module
-from geoengine.engine.calibration import Calibration, Fit, LevelFit
+from geoengine.engine.calibration import Among, Calibration, Fit, LevelFit
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.regions import parse_region
 from geoengine.engine.scoring.kinds import Objective, Score
@@ -20,9 +20,15 @@ from geoengine.engine.tiles import LngLat, Tile, descendants, parent, tile_at
 LEVELS = (2, 4, 5)
 
 
-def calibration(levels=LEVELS, *, means=None, evidence=None):
+def calibration(levels=LEVELS, *, means=None, evidence=None, among=Among.candidates):
     fits = {
-        zoom: LevelFit(scale=3.0 + zoom, weight=1.0 / (1 + i), evidence=evidence or {})
+        zoom: LevelFit(
+            scale=3.0 + zoom,
+            weight=1.0 / (1 + i),
+            inherited=1.0 - 0.3 * i,
+            among=among,
+            evidence=evidence or {},
+        )
         for i, zoom in enumerate(levels)
     }
     fit = Fit(levels=fits)
@@ -38,8 +44,13 @@ def search(queries, source=None, *, k=3, levels=LEVELS, fits=None, score=Score.p
     return search_module.search(queries, source, encoders, config, calibration=fits, **settings)
 
 
+def log_shares(logits):
+    total = math.log(sum(math.exp(logit) for logit in logits)) if logits else 0.0
+    return [logit - total for logit in logits]
+
+
 def brute_force(query, k, fits, levels=LEVELS, *, missing=lambda tile: False, quota=None, more=None):
-    """One photo, one tile at a time: [(zoom, [(tile, score)])], the scores as the issue writes them down."""
+    """One photo, one tile at a time: [(zoom, [(tile, score)])], the scores as the docstring has them."""
     n = 2 ** levels[0]
     groups = [(0.0, [Tile(levels[0], x, y) for x in range(n) for y in range(n)])]
     result = []
@@ -48,13 +59,15 @@ def brute_force(query, k, fits, levels=LEVELS, *, missing=lambda tile: False, qu
         for place, (before, tiles) in enumerate(groups):
             there = [tile for tile in tiles if not missing(tile)]
             logits = [fit.scale * float(hashed_encode("", picture(tile))[0] @ query) for tile in there]
-            total = math.log(sum(math.exp(logit) for logit in logits)) if logits else 0.0
-            scores = [before + fit.weight * (logit - total) for logit in logits]
+            if fit.among is Among.siblings:
+                logits = log_shares(logits)
+            scores = [fit.inherited * before + fit.weight * logit for logit in logits]
             if more is not None:
-                extra = [more(tile) for tile in there]
-                rest = math.log(sum(math.exp(value) for value in extra)) if extra else 0.0
-                scores = [s + fit.evidence["more"] * (e - rest) for s, e in zip(scores, extra, strict=True)]
+                extra = log_shares([more(tile) for tile in there])
+                scores = [s + fit.evidence["more"] * e for s, e in zip(scores, extra, strict=True)]
             ranked += [(tile, score, place) for tile, score in zip(there, scores, strict=True)]
+        whole = log_shares([score for _, score, _ in ranked])
+        ranked = [(tile, score, place) for (tile, _, place), score in zip(ranked, whole, strict=True)]
         ranked.sort(key=lambda entry: -entry[1])
         if quota is not None and zoom != levels[0]:
             counts, first, rest = {}, [], []
@@ -84,21 +97,24 @@ def assert_same(levels, expected):
 @pytest.mark.parametrize(
     ("k", "levels"), [(1, (1, 2)), (3, LEVELS), (16, (2, 4)), (5, (3, 6, 7)), (999, (1, 3, 4))]
 )
-def test_equals_brute_force(k, levels):
-    queries, fits = random_photos(3), calibration(levels)
+@pytest.mark.parametrize("among", Among)
+def test_equals_brute_force(k, levels, among):
+    queries, fits = random_photos(3), calibration(levels, among=among)
     for found, query in zip(search(queries, k=k, levels=levels, fits=fits), queries, strict=True):
         assert_same(found, brute_force(query, k, fits, levels))
 
 
-def test_scores_of_a_whole_level_are_probabilities():
-    fits = Calibration(plain=Fit(levels={z: LevelFit(scale=7.0) for z in (1, 3)}))
+@pytest.mark.parametrize("among", Among)
+def test_scores_are_probabilities(among):
+    fits = calibration((1, 3), among=among)
     (levels,) = search(random_photos(1), k=64, levels=(1, 3), fits=fits)
     for level in levels:  # all tiles are kept, so that their probabilities sum to 1
         assert sum(math.exp(scored.score) for scored in level.beam) == pytest.approx(1.0)
 
 
-def test_missing_siblings_are_left_out_of_the_softmax():
-    fits = calibration()
+@pytest.mark.parametrize("among", Among)
+def test_missing_tiles_are_left_out_of_the_softmax(among):
+    fits = calibration(among=among)
     source = AddressTiles(missing=lambda z, x, y: (3 * x + y) % 4 == 1)
     queries = random_photos(2, seed=8)
     for found, query in zip(search(queries, source, fits=fits), queries, strict=True):

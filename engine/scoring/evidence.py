@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 class TileEvidence(Protocol):
     """Gives tiles a probability for each photo of a search; it enters the path score.
 
-    A tile's score grows by `weight * log softmax(log_probability)`, the softmax taken over the same tiles as
-    that of the map encoder: all of the level at first, then the tiles of one parent. What the evidence said
+    A tile's score grows by `weight * log softmax(log_probability)`, the softmax taken over the tiles of one
+    parent, at first over all of the level. What the evidence said
     of coarser levels stays in the score, so a weight may fall to 0 where the evidence has no more to say.
     """
 

@@ -15,8 +15,8 @@ _RADIUS = re.compile(r"(\d+(?:\.\d+)?) ?km", re.ASCII)
 class Score(StrEnum):
     """What ranks the tiles of a level.
 
-    `paper` is the level's cosine alone (Algorithm 1). `path` adds up log-probabilities from the first level
-    down to the tile, so that a tile inherits how well the tiles that contain it did.
+    `paper` is the level's cosine alone (Algorithm 1). `path` adds to it, as
+    log-probabilities, what the levels before said of the tiles that contain it.
     """
 
     paper = "paper"

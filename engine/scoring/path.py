@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from geoengine.engine.calibration import LevelFit
+from geoengine.engine.calibration import Among, LevelFit
 
 Floats = NDArray[np.float64]
 
@@ -17,14 +17,16 @@ Floats = NDArray[np.float64]
 class Scored:
     """The candidates of one photo at one level, in their order, and what was found out about them.
 
-    `groups` say which candidates share a softmax: the place of their parent in the beam before, or 0 for all
-    of them in a level that is scored whole. `evidence` holds log-probabilities by name.
+    `parents` say which candidates have the same parent: its place in the beam before, or among all tiles of
+    the level before plus 1; 0 where there is none. In a `whole` level all tiles are candidates. `evidence`
+    holds log-probabilities by name.
     """
 
     photo: int
     zoom: int
     xy: NDArray[np.int64]  # (n, 2)
-    groups: NDArray[np.int64]  # (n,)
+    parents: NDArray[np.int64]  # (n,)
+    whole: bool
     cosines: NDArray[np.float32]  # (n,)
     evidence: Mapping[str, NDArray[np.float32]]  # (n,) each
 
@@ -32,16 +34,21 @@ class Scored:
 def path_scores(
     scored: Scored, before: Floats | float, fit: LevelFit, weights: Mapping[str, float]
 ) -> Floats:
-    """Return the path scores of candidates, float64[n].
+    """Return the path scores of candidates, float64[n]: natural logarithms of probabilities that sum to 1.
 
-    `before` are the scores of what contains them, one for each candidate or one for all. To it are added the
-    log softmax of the scaled cosines and that of each evidence, each times its weight (`weights` by name):
-    S(t) = S(parent) + w log softmax(cos / tau) + sum_e lambda_e log softmax(log p_e).
+    `before` are the scores of what contains them, one for each candidate or one for all. With `weights` of
+    the evidence by name, a score is, up to what makes the probabilities sum to 1,
+    gamma S(parent) + w log softmax(cos / tau) + sum_e lambda_e log softmax(log p_e).
+    The softmax of cosines is over all candidates, or over those of one parent, as the fit says; that of the
+    evidence always over those of one parent, since it is one distribution seen at several zooms.
     """
-    scores = before + fit.weight * log_softmax(fit.scale * scored.cosines.astype(np.float64), scored.groups)
+    logits = fit.scale * scored.cosines.astype(np.float64)
+    if fit.among is Among.siblings:
+        logits = log_softmax(logits, scored.parents * (not scored.whole))
+    scores = fit.inherited * before + fit.weight * logits
     for name, values in scored.evidence.items():
-        scores = scores + weights[name] * log_softmax(values.astype(np.float64), scored.groups)
-    return np.asarray(scores, dtype=np.float64)
+        scores = scores + weights[name] * log_softmax(values.astype(np.float64), scored.parents)
+    return log_softmax(scores, np.zeros(len(scores), dtype=np.int64))
 
 
 def log_softmax(logits: Floats, groups: NDArray[np.int64]) -> Floats:

@@ -97,16 +97,17 @@ class Ranking:
         xy = tiles_of_ids(ids)
         last = max(self._whole, default=None)
         parents = None if last is None else find(self._whole[last].ids, ids >> np.uint64(2 * (zoom - last)))
+        above = np.zeros(len(xy), dtype=np.int64) if parents is None else parents + 1
         whole = self._whole[zoom] = _Whole(ids)
         for photo in photos:
             cosines = table_cosines(table, self.queries[photo], rules.mean(zoom))
-            scored = self._scored(photo, zoom, xy, np.zeros(len(xy), dtype=np.int64), cosines)
+            scored = self._scored(photo, zoom, xy, above, cosines, whole=True)
             before = 0.0 if last is None or parents is None else self._whole[last].at(photo, parents)
             scores = whole.scores[photo] = self._scores(scored, before).astype(np.float32)
             kept = select(
                 scores,
                 rules.k,
-                groups=None if parents is None else parents + 1,
+                groups=None if parents is None else above,
                 quota=rules.quota,
                 joined=self._joined(photo, zoom, xy),
             )
@@ -140,7 +141,7 @@ class Ranking:
         for photo, present, cosines in tiles.cosines(candidates, self.queries, rules.mean(zoom)):
             xy, last = candidates[photo][present], beams.get(photo, ())
             groups = _places_in(last, zoom, xy)
-            scored = self._scored(photo, zoom, xy, groups, cosines)
+            scored = self._scored(photo, zoom, xy, groups, cosines, whole=not last)
             before = np.array([step.score for step in last])[groups] if last else 0.0
             scores = self._scores(scored, before)
             kept = select(
@@ -172,15 +173,25 @@ class Ranking:
         photo: int,
         zoom: int,
         xy: NDArray[np.int64],
-        groups: NDArray[np.int64],
+        parents: NDArray[np.int64],
         cosines: NDArray[np.float32],
+        *,
+        whole: bool,
     ) -> Scored:
         evidence = {
             source.name: source.log_probability(np.array([photo]), zoom, xy)[0]
             for source in self.rules.evidence
             if self.rules.observe is not None or self._weight(source, zoom) != 0
         }
-        scored = Scored(photo=photo, zoom=zoom, xy=xy, groups=groups, cosines=cosines, evidence=evidence)
+        scored = Scored(
+            photo=photo,
+            zoom=zoom,
+            xy=xy,
+            parents=parents,
+            whole=whole,
+            cosines=cosines,
+            evidence=evidence,
+        )
         if self.rules.observe is not None:
             self.rules.observe(scored)
         return scored
