@@ -7,7 +7,7 @@ import pytest
 from command_line import refused, run
 from PIL import Image
 
-from geoengine.commands.index import _duration, _Rate
+from geoengine.commands.terminal import Rate, duration
 from geoengine.engine.index import building
 from geoengine.engine.index.known_rows import row_cache_folder
 from geoengine.engine.sources import planet
@@ -85,12 +85,12 @@ def test_locate_refuses_what_is_no_index(tmp_path):
 def test_rate_and_time_left(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    rate = _Rate()
+    rate = Rate("tiles")
     assert rate.text(8, 1000, 9000) == ""
     now[0] += 10
     assert rate.text(8, 3000, 9000) == ", 200 tiles/s, 30 s left"
     assert rate.text(10, 0, 10) == ""
-    assert [_duration(s) for s in (5, 300, 20_000)] == ["5 s", "5 min", "5.6 h"]
+    assert [duration(s) for s in (5, 300, 20_000)] == ["5 s", "5 min", "5.6 h"]
 
 
 def test_where_rows_are_kept(monkeypatch, tmp_path):

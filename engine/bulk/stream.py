@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,12 +49,30 @@ Outcome: TypeAlias = Location | Failure
 
 
 @dataclass(frozen=True, slots=True)
+class Searched:
+    """What became of photos of one part, in their order; `last` when these are the part's last ones."""
+
+    number: int
+    outcomes: list[Outcome]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A photo of a part, and whether it is the part's last one."""
+
+    number: int
+    item: Item
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Ready:
     """A photo that has been read, as the square that the encoder sees, or why it has not."""
 
-    number: int
+    listed: _Listed
     photo: Photo | Failure
-    gps: LngLat | None
+    gps: LngLat | None = None
 
 
 def locate_stream(
@@ -63,8 +80,8 @@ def locate_stream(
     numbered: Iterable[tuple[int, Item]],
     search: PhotoSearch,
     progress: Progress | None = None,
-) -> Generator[tuple[int, list[Outcome]], None, None]:
-    """Locate photos and yield what became of them, in their order, some at a time and with their number.
+) -> Generator[Searched, None, None]:
+    """Locate photos and yield what became of them, in their order and some at a time.
 
     Photos come with the number of the part that they belong to; those of one part follow each other, and are
     searched `PHOTOS_PER_SEARCH` at a time. At most as many wait for the next search, read and reduced to what
@@ -72,16 +89,20 @@ def locate_stream(
     raises comes after the photos before it.
     """
     with ReadAhead(lambda: _read_all(engine, numbered, search), depth=PHOTOS_PER_SEARCH) as ahead:
-        for number, part in itertools.groupby(_taken(ahead), key=lambda ready: ready.number):
-            while group := list(itertools.islice(part, PHOTOS_PER_SEARCH)):
-                yield number, _located(engine, group, search, progress)
+        while group := list(_taken(ahead)):
+            last = group[-1].listed
+            yield Searched(last.number, _located(engine, group, search, progress), last.last)
 
 
 def _taken(ahead: ReadAhead[_Ready]) -> Iterator[_Ready]:
-    while True:
+    """Yield the photos of the next search."""
+    for _ in range(PHOTOS_PER_SEARCH):
         try:
-            yield ahead.take()
+            ready = ahead.take()
         except StopIteration:
+            return
+        yield ready
+        if ready.listed.last:
             return
 
 
@@ -109,31 +130,47 @@ def _read_all(
     """Read photos on several threads, and yield them in their order."""
     readers = min(available_cores(), _MOST_READERS)
     waiting: deque[Future[_Ready]] = deque()
+    error: GeoEngineError | None = None
     with ThreadPoolExecutor(readers, thread_name_prefix="geoengine-photo") as pool:
         try:
-            end: GeoEngineError | None = None
             try:
-                for number, item in numbered:
-                    waiting.append(pool.submit(_read, engine, number, item, search))
+                for listed in _with_ends(numbered):
+                    waiting.append(pool.submit(_read, engine, listed, search))
                     if len(waiting) > 2 * readers:
                         yield waiting.popleft().result()
-            except GeoEngineError as error:
-                end = error
+            except GeoEngineError as stop:
+                error = stop
             while waiting:
                 yield waiting.popleft().result()
-            if end is not None:
-                raise end
         finally:
             for future in waiting:
                 future.cancel()
+    if error is not None:
+        raise error
 
 
-def _read(engine: GeoEngine, number: int, item: Item, search: PhotoSearch) -> _Ready:
+def _with_ends(numbered: Iterable[tuple[int, Item]]) -> Iterator[_Listed]:
+    before: tuple[int, Item] | None = None
+    try:
+        for number, item in numbered:
+            if before is not None:
+                yield _Listed(*before, last=before[0] != number)
+            before = number, item
+    except GeoEngineError:
+        if before is not None:
+            yield _Listed(*before, last=False)
+        raise
+    if before is not None:
+        yield _Listed(*before, last=True)
+
+
+def _read(engine: GeoEngine, listed: _Listed, search: PhotoSearch) -> _Ready:
+    item = listed.item
     try:
         data = item.entry.read()
         # Many photos wait, and small: the engine leaves a square alone when it prepares it again.
         photo = engine.prepare(read_photo(data, limits=search.limits, name=item.name))
         gps = read_gps(data) if search.compare_exif else None
     except PhotoError as error:
-        return _Ready(number, Failure(item.name, item.position, str(error)), None)
-    return _Ready(number, photo, gps)
+        return _Ready(listed, Failure(item.name, item.position, str(error)))
+    return _Ready(listed, photo, gps)

@@ -21,8 +21,8 @@ class FileSet:
 
     @cached_property
     def identity(self) -> str:
-        """Return the hash of the file's name and size."""
-        return hashlib.sha256(os.fsencode(f"{self._file.name}\0{self._file.stat().st_size}")).hexdigest()
+        """Return the hash of the file's name."""
+        return hashlib.sha256(os.fsencode(self._file.name)).hexdigest()
 
     def __iter__(self) -> Iterator[PhotoEntry]:
         yield PhotoEntry(key=self._file.name, row=1, file=self._file)
@@ -47,11 +47,10 @@ class FolderSet:
 
     @cached_property
     def identity(self) -> str:
-        """Return the hash of the files' paths in the folder and of their sizes."""
+        """Return the hash of the files' paths in the folder: a photo that was damaged may be mended."""
         digest = hashlib.sha256()
         for entry in self:
-            if entry.file is not None:
-                digest.update(os.fsencode(f"{entry.key}\0{entry.file.stat().st_size}\n"))
+            digest.update(os.fsencode(entry.key) + b"\0")
         return digest.hexdigest()
 
     def __iter__(self) -> Iterator[PhotoEntry]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from geoengine.engine.errors import GeoEngineError
 
@@ -24,7 +26,14 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to a temporary file beside `path`, then rename it.
+    """Write `text` as UTF-8, as `writing` does."""
+    with writing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` for the block, then rename it.
 
     On any failure, an interrupt included, the temporary file is removed and an older file at `path` is left
     as it was. Raises OutputError when the system refuses.
@@ -33,8 +42,8 @@ def write_atomically(path: Path, text: str) -> None:
 
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -43,3 +52,27 @@ def write_atomically(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of a file, which is made, for the block; it ends with the process at the latest.
+
+    Raises OutputError with the text `busy` when another process holds it, or when it cannot be had.
+    """
+    import fcntl
+
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OutputError(f"{file.parent}: cannot be written ({error.strerror or error})") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(busy) from None
+        except OSError as error:
+            raise OutputError(f"{file}: cannot be locked ({error.strerror or error})") from None
+        yield
+    finally:
+        os.close(descriptor)

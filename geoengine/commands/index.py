@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from geoengine.commands.levels import parse_levels
-from geoengine.commands.terminal import complain, progress_bar, waiting, write_result
+from geoengine.commands.terminal import Rate, complain, progress_bar, waiting, write_result
 
 if TYPE_CHECKING:
     from geoengine.engine.index.tile_index import TileIndex
@@ -61,7 +60,7 @@ def build(
         engine = GeoEngine.open(bundle, tiles, backend=backend, precision=precision, threads=threads)
     with engine, progress_bar("starting") as show:
         engine.check_region(area, land=land)
-        rate = _Rate()
+        rate = Rate("tiles")
         try:
             built = build_index(
                 out,
@@ -134,30 +133,6 @@ def _compare(opened: TileIndex, count: int, bundle: str | None, tiles: str | Non
         opened.check_fits(engine.bundle, engine.source)
         compared, least = compare_sample(opened, engine.source, engine.backend, count)
     return f"{compared:,} tiles embedded again: cosine at least {least:.4f}\n"
-
-
-class _Rate:
-    """How fast a level is going, since this process began with it, and how long it will take."""
-
-    def __init__(self) -> None:
-        self._zoom, self._start, self._done = -1, 0.0, 0
-
-    def text(self, zoom: int, done: int, total: int) -> str:
-        """Return the rate and the time left; nothing for the first second."""
-        now = time.monotonic()
-        if zoom != self._zoom:
-            self._zoom, self._start, self._done = zoom, now, done
-        if now - self._start < 1 or done == self._done:
-            return ""
-        rate = (done - self._done) / (now - self._start)
-        return f", {rate:,.0f} tiles/s, {_duration((total - done) / rate)} left"
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    if hours >= 1.5:
-        return f"{hours:.1f} h"
-    return f"{minutes:.0f} min" if minutes >= 1.5 else f"{seconds:.0f} s"
 
 
 def _table(opened: TileIndex) -> str:

@@ -11,20 +11,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from geoengine.commands.bulk import BulkOrder, locate_into
 from geoengine.commands.options import (
     BackendOption,
     BundleOption,
     CentredOption,
     DeadlineOption,
+    FormatOption,
     IndexOption,
     KOption,
     LevelsOption,
     MegapixelsOption,
     ObjectiveOption,
+    OutOption,
     OverzoomOption,
+    PartOption,
     PrecisionOption,
     QuotaOption,
     ScoreOption,
+    RestartOption,
+    RetryOption,
     ThreadsOption,
     TilesOption,
     WithinOption,
@@ -35,7 +41,7 @@ from geoengine.engine.errors import GeoEngineError, SourceError
 
 if TYPE_CHECKING:
     from geoengine.engine.bulk.items import Items
-    from geoengine.engine.bulk.stream import Outcome
+    from geoengine.engine.bulk.stream import Outcome, Searched
     from geoengine.engine.engine import GeoEngine
     from geoengine.engine.results import Location
 
@@ -101,6 +107,11 @@ def locate(
     as_geojson: Annotated[bool, typer.Option("--geojson", help="One GeoJSON FeatureCollection.")] = False,
     map_file: _MapFile = None,
     compare_exif: _CompareExif = False,
+    out: OutOption = None,
+    out_format: FormatOption = None,
+    photos_per_part: PartOption = 64,
+    restart: RestartOption = False,
+    retry_failed: RetryOption = False,
 ) -> None:
     """Find where photos may have been taken: a hypothesis, not a proof.
 
@@ -108,15 +119,23 @@ def locate(
     never written or logged. With a tile server, the server learns which places are searched. What was
     computed from tiles is kept for later searches, unless the environment variable GEOENGINE_CACHE is off.
 
+    With --out, any number of photos: results are written a part at a time, photos that cannot be read are
+    listed with reasons beside them, and the same command goes on where it was interrupted.
+
     Exit status: 0 all photos were located; 1 some were not; 2 none was, or the command line was wrong.
     """
     output = _output(as_json, as_geojson)
+    bulk = BulkOrder.parse(out, out_format, photos_per_part, restart, retry_failed)
+    if bulk is not None and (output is not Output.TABLE or map_file is not None):
+        raise GeoEngineError("--out excludes --json, --geojson and --map")
     scoring = ScoringOrder(score=score, quota=quota, centred=centred, objective=objective)
     config = search_config(k, levels, top, within, deadline, overzoom, scoring)
     engine_order = EngineOrder.parse(demo, bundle, tiles, index, backend, precision, threads)
     order = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif)
     if map_file is not None:
         _check_writable(map_file)
+    if bulk is not None:
+        raise typer.Exit(locate_into(bulk, photos, engine_order, order))
     session = Session(order)
     found = session.find(photos)
     kept: list[Location] = []  # what is written at the end, when all is there
@@ -198,11 +217,11 @@ class _Shown:
     def __init__(self) -> None:
         self._show: Callable[[str, int, int | None], None] = lambda description, done, total: None
 
-    def next(self, stream: Iterator[tuple[int, list[Outcome]]]) -> list[Outcome] | None:
+    def next(self, stream: Iterator[Searched]) -> list[Outcome] | None:
         """Return what became of the next photos, None after the last ones."""
         with progress_bar("reading the photos") as self._show:
-            _, outcomes = next(stream, (0, None))
-        return outcomes
+            searched = next(stream, None)
+        return None if searched is None else searched.outcomes
 
     def search(self, index: int, zoom: int, done: int, total: int) -> None:
         """Show how far a search is."""

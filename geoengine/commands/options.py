@@ -70,3 +70,25 @@ OverzoomOption = Annotated[
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Encoder threads. Default: all cores.")]
 MegapixelsOption = Annotated[float, typer.Option(help="Larger photos are refused before decoding.")]
+
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write results to a .jsonl, .csv or .parquet (GeoParquet) file, or as parts to a folder; "
+        "the same command goes on after an interruption.",
+        metavar="PATH",
+    ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", help="With a folder as --out: jsonl, csv or parquet. Default: jsonl."),
+]
+PartOption = Annotated[
+    int, typer.Option(help="With --out: photos in a part, of which an interruption costs at most one.")
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="With --out: delete what is there and begin anew.")
+]
+RetryOption = Annotated[
+    bool, typer.Option("--retry-failed", help="With --out: try again the photos that could not be read.")
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -95,6 +96,38 @@ def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
         yield lambda description, done, total: progress.update(
             task, description=description, completed=done, total=total
         )
+
+
+class Rate:
+    """How fast a stage of some work is going, since this process began with it, and how long it will take.
+
+    `things` is what is counted.
+    """
+
+    def __init__(self, things: str) -> None:
+        self._things = things
+        self._stage, self._start, self._done = -1, 0.0, 0
+
+    def text(self, stage: int, done: int, total: int | None) -> str:
+        """Return the rate and, with a total, the time left; nothing for the first second."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._start, self._done = stage, now, done
+        if now - self._start < 1 or done == self._done:
+            return ""
+        rate = (done - self._done) / (now - self._start)
+        left = "" if total is None else f", {duration((total - done) / rate)} left"
+        return (
+            f", {rate:,.0f} {self._things}/s{left}" if rate >= 10 else f", {rate:.2g} {self._things}/s{left}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people, in a unit that suits it."""
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 1.5:
+        return f"{hours:.1f} h"
+    return f"{minutes:.0f} min" if minutes >= 1.5 else f"{seconds:.0f} s"
 
 
 def _stderr() -> Console:
