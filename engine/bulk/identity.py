@@ -9,8 +9,9 @@ from geoengine.engine.bulk.items import Items
 from geoengine.engine.bulk.jobs import JobOrder
 from geoengine.engine.bulk.stream import PhotoSearch
 from geoengine.engine.bundle import EngineBundle
-from geoengine.engine.index.tile_index import Description, encoder_hash
-from geoengine.engine.manifest import model_name
+from geoengine.engine.calibration import CALIBRATION
+from geoengine.engine.index.tile_index import Description
+from geoengine.engine.manifest import encoder_hash, model_name
 from geoengine.engine.regions import Region
 from geoengine.engine.search import SearchConfig
 from geoengine.engine.sources import TileSource, fingerprint
@@ -37,7 +38,7 @@ def job_order(
     return JobOrder(
         identity={
             "photos": photos.identity,
-            "encoders": encoder_hash(bundle),
+            "encoders": fingerprint(encoder_hash(bundle.manifest), _calibration(bundle)),
             "backend": backend,
             "tiles": source.identity,
             "index": "" if index is None else fingerprint(repr(Description.read(index))),
@@ -62,3 +63,11 @@ def _region_text(region: Region | None) -> str:
     if region is None:
         return ""
     return fingerprint(region.name, region.tiles(_REGION_ZOOM).tobytes())
+
+
+def _calibration(bundle: EngineBundle) -> bytes:
+    """Return the bundle's calibration, which results depend on, or nothing."""
+    try:
+        return (bundle.path / CALIBRATION).read_bytes()
+    except FileNotFoundError:
+        return b""
