@@ -22,21 +22,12 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-TILE_SIZE = 256
-
-
-def tile_jpeg() -> bytes:
-    """Return a tile as servers of imagery send it: JPEG, 256 pixels, some 15 KB."""
-    import cv2
-
-    noise = np.random.default_rng(0).integers(0, 256, (TILE_SIZE, TILE_SIZE, 3), dtype=np.uint8)
-    smooth = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 2), np.empty(0), 0, 255, cv2.NORM_MINMAX)
-    return cv2.imencode(".jpg", smooth, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+from geoengine.engine.sources.decoders import made_tile
 
 
 def serve(latency_s: float, port: Connection) -> None:
     """Answer each request with the same tile, `latency_s` after it came, for ever; sends its port first."""
-    body = tile_jpeg()
+    body = made_tile()
     head = f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n\r\n"
     answer = head.encode() + body
 

@@ -3,7 +3,7 @@
 # installed, and the GPU benchmarks. Needs no network: what is missing is named.
 #   bench/gpu_check.sh [--build-only] [folder for results]
 # Needs nvcc and a Python (PYTHON=...) with NumPy, PyTorch, pytest, hypothesis, pybind11, scikit-build-core, CMake and
-# Ninja. JSON and Markdown land in <folder>/<gpu>/, bench/results unless named.
+# Ninja; decoding.jsonl lands in <folder>, bench/results unless named, other JSON and Markdown in <folder>/<gpu>/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -63,6 +63,7 @@ else
   echo 'compute-sanitizer is not installed: memory and races were not checked'
 fi
 attempt 'kernels' "$python" -P -m geoengine.bench.kernels_gpu --out "$results"
+attempt 'decoders' "$python" -P -m geoengine.bench.decoding --out "$results/decoding.jsonl"
 if has open_clip onnx onnxruntime; then
   attempt 'encoders' "$python" -P -m geoengine.bench.encoders_gpu --out "$results"
 else

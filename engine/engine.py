@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from geoengine.engine.backends import Backend, open_backend
+from geoengine.engine.backends import GPU_BACKENDS, Backend, open_backend
 from geoengine.engine.bundle import EngineBundle, resolve_bundle
 from geoengine.engine.calibration import Calibration, RadiusFit
 from geoengine.engine.errors import BundleError, SourceError, TileError
@@ -29,6 +29,7 @@ from geoengine.engine.scoring.answer import answer, nearest_radius
 from geoengine.engine.scoring.kinds import BEST_TILE, Score
 from geoengine.engine.search import LevelDone, Progress, SearchConfig, levels_of, search
 from geoengine.engine.sources import TileSource, open_source
+from geoengine.engine.sources.decoders import allow_gpu_decoding
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,6 +67,8 @@ class GeoEngine:
         self.bundle = bundle
         self.source = source
         self.backend = backend
+        if backend.name in GPU_BACKENDS:
+            allow_gpu_decoding()
         self.known: KnownRows | None = None
         if index is not None:
             index.check_fits(bundle, source)

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from geoengine.engine.sources.decode import CHUNK
+from geoengine.engine.sources.streaming import CHUNK
 from geoengine.engine.tiles import all_xy
 
 

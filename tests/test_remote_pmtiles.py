@@ -1,6 +1,7 @@
 """PMTiles archives on a web server."""
 
 import threading
+import time
 from contextlib import closing
 
 import numpy as np
@@ -11,7 +12,7 @@ from tile_server import Server
 
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import open_source
-from geoengine.engine.tiles import all_xy, descendants_xy
+from geoengine.engine.tiles import Tile, all_xy, descendants_xy
 
 
 @pytest.fixture
@@ -68,6 +69,35 @@ def test_a_tile_is_fetched_once(server, world, tmp_path):
     with closing(open_source(str(file))) as kept:
         assert kept.identity == source.identity
         assert read_all(kept, 4, all_xy(4)) == list(range(256))
+
+
+def test_a_tile_that_does_not_decode_is_fetched_once_more(server, tmp_path):
+    tiles = {(5, x, y): tile_picture(5, x, y, size=32, kind="JPEG") for x in range(32) for y in range(32)}
+    path = write_pmtiles(tmp_path / "a.pmtiles", tiles, metadata={"name": "a"})
+    whole = server.files["/a.pmtiles"] = path.read_bytes()
+    with closing(open_source(f"{server.address}/a.pmtiles")) as source:
+        offset, length = source.place_of(5, 16, 16)
+        assert offset > 16 << 10
+        damaged = (206, {"Content-Range": f"bytes 0-0/{len(whole)}"}, b"\xff\xd8" + bytes(length - 2))
+        server.faults["a"] = [damaged]
+        assert read_all(source, 5, [(16, 16)], tolerance=4) == [0]
+        server.faults["a"] = [damaged, damaged]
+        assert read_all(source, 5, [(16, 17)], tolerance=4) == []
+        asked = len(server.requests)
+        assert read_all(source, 5, [(16, 16), (16, 17)], tolerance=4) == [0, 1]  # nothing wrong was kept
+        assert len(server.requests) == asked + 1
+
+
+def test_what_the_cache_has_of_no_picture_is_fetched_again(server, world, tmp_path):
+    with closing(open_source(world)) as source:
+        assert read_all(source, 4, [(3, 3)]) == [0]
+        source._cache.put(Tile(4, 3, 3), b"no picture", time.time() + 1000)
+    with closing(open_source(world)) as source:
+        asked = len(server.requests)
+        assert read_all(source, 4, [(3, 3)]) == [0]
+        assert len(server.requests) <= asked + 1
+        assert read_all(source, 4, [(3, 3)]) == [0]
+        assert source._cache.get([Tile(4, 3, 3)])[Tile(4, 3, 3)].data != b"no picture"
 
 
 def test_faults_that_pass_are_tried_again(server, world):

@@ -16,8 +16,9 @@ from PIL import Image
 
 from geoengine.engine.errors import SourceError, TileError
 from geoengine.engine.sources import WORLD_BOUNDS, open_source
-from geoengine.engine.sources.decode import CHUNK, decode_tile, stream
+from geoengine.engine.sources.decode import decode_tile
 from geoengine.engine.sources.mbtiles import IDENTITY_KEY
+from geoengine.engine.sources.streaming import CHUNK, stream
 from geoengine.engine.tiles import all_xy
 
 # --- MBTiles -----------------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ _CLASSES = {
 BACKENDS = tuple(_CLASSES)
 """Names that `open_backend` takes besides "auto", the fastest first."""
 
+GPU_BACKENDS = (TENSORRT, ONNXRUNTIME_CUDA)
+"""Those that run on a GPU."""
+
 MAX_THREADS = 512
 """More would only exhaust the system: every graph of a bundle has threads of its own."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TextIO
 
-from geoengine.engine.doctor import bundles, gpu, machine, onnx_runtime
+from geoengine.engine.doctor import bundles, decoding, gpu, machine, onnx_runtime
 from geoengine.engine.doctor.finding import Finding, State
 
 
 def examine() -> list[Finding]:
     """Look at the machine and the installation; never raises for what it finds."""
-    return [*machine.findings(), *onnx_runtime.findings(), *gpu.findings(), *bundles.findings()]
+    looked = (machine, onnx_runtime, gpu, decoding, bundles)
+    return [finding for part in looked for finding in part.findings()]
 
 
 def findings_table(findings: Iterable[Finding], terminal: TextIO) -> str:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import WORLD_BOUNDS, TileBatch
-from geoengine.engine.sources.decode import Job, decode_tile, read_picture, stream
+from geoengine.engine.sources.decode import decode_tile
+from geoengine.engine.sources.streaming import Encoded, Job, stream
 from geoengine.engine.tiles import LngLatBbox, as_xy
 
 TRIED = 8
@@ -47,7 +48,7 @@ class ArchiveSource(ABC):
         for position, (x, y) in enumerate(tiles):
             data = self.tile_data(z, x, y)
             if data is not None:
-                yield position, partial(read_picture, data)
+                yield position, partial(Encoded, data)
 
 
 def vector_tiles(file: str) -> SourceError:

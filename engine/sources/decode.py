@@ -1,30 +1,16 @@
-"""From the bytes of tiles to batches of pixels: what the tile sources that read files and servers share.
+"""From a tile's bytes to its picture: what the tile sources that read files and servers share.
 
 OpenCV decodes, and its colour conversion writes into the staging rows. On one core that takes 229 us for a
 JPEG of 256 pixels, against 168 us with a turbojpeg binding; encoding the tile takes 14 ms, so another
 dependency would gain nothing.
 """
 
-import queue
-import threading
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from geoengine.engine.sources import TileBatch
-
-CHUNK = 64
-"""Most tiles in a batch."""
-
-DEFAULT_TILE_SIZE = 256
-
-_WINDOW = 4 * CHUNK  # tiles under way while the caller is busy with a batch: 50 MB of 256-pixel tiles
 _MOST_BYTES = 16 << 20  # of a gzip'd tile, unpacked
 _CHANNELS = ((), (3,), (4,))  # grey, BGR, BGRA
 
@@ -32,7 +18,12 @@ Pixels = npt.NDArray[np.uint8]
 Picture = npt.NDArray[Any]
 """A decoded tile as OpenCV has it: uint8 or uint16, grey, BGR or BGRA."""
 
-Job = Callable[[], Picture | None]
+
+def picture_bytes(data: object) -> bytes | None:
+    """Return a tile's PNG, JPEG or WebP bytes, unpacked; None for those cut short and what is not bytes."""
+    if isinstance(data, bytes) and data.startswith(b"\x1f\x8b"):
+        data = _unpacked(data)
+    return data if isinstance(data, bytes) and data and _is_whole(data) else None
 
 
 def read_picture(data: object) -> Picture | None:
@@ -43,9 +34,8 @@ def read_picture(data: object) -> Picture | None:
     """
     import cv2
 
-    if isinstance(data, bytes) and data.startswith(b"\x1f\x8b"):
-        data = _unpacked(data)
-    if not isinstance(data, bytes) or not data or not _is_whole(data):
+    data = picture_bytes(data)
+    if data is None:
         return None
     try:
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -86,96 +76,6 @@ def decode_tile(data: object) -> Pixels | None:
     pixels = np.empty((*picture.shape[:2], 3), np.uint8)
     write_rgb(picture, pixels)
     return pixels
-
-
-def stream(
-    jobs: Iterable[tuple[int, Job]], *, workers: int, tile_size: Callable[[Picture], int]
-) -> Iterator[TileBatch]:
-    """Run jobs in threads, which write their tiles straight into the batches that this yields.
-
-    A job is a row number of the request and a function that gives the tile's picture or, when there is no
-    such tile, None; `jobs` itself is drawn from in the caller's thread, never more than a few batches ahead.
-    A batch holds what is ready when the caller comes for it, in any order, at most CHUNK tiles.
-    `tile_size(picture)` is asked once, with the first tile that arrives, for the side that all tiles are
-    brought to. What a job raises is raised here, and ends the stream; a stream that is closed starts no more
-    jobs.
-    """
-    finished: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
-    jobs = iter(jobs)
-    staging = _Staging(tile_size)
-    under_way = 0
-
-    def run(position: int, job: Job) -> None:
-        picture = job()
-        if picture is not None:
-            staging.put(position, picture)
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="geoengine-tiles")
-    try:
-        while True:
-            for position, job in islice(jobs, _WINDOW - under_way):
-                pool.submit(run, position, job).add_done_callback(finished.put)
-                under_way += 1
-            if not under_way:
-                return
-            finished.get().result()
-            under_way -= 1
-            while not finished.empty():
-                finished.get().result()
-                under_way -= 1
-            yield from staging.take()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Block:
-    """Rows of one staging array: `taken` given to threads, `sent` handed on."""
-
-    def __init__(self, side: int) -> None:
-        self.pixels = np.empty((CHUNK, side, side, 3), np.uint8)
-        self.positions = np.empty(CHUNK, np.int64)
-        self.written = [False] * CHUNK
-        self.taken = self.sent = 0
-
-
-class _Staging:
-    """Arrays that threads write tiles into, row by row, and one reader takes them from."""
-
-    def __init__(self, tile_size: Callable[[Picture], int]) -> None:
-        self._tile_size = tile_size
-        self._side = 0
-        self._blocks: deque[_Block] = deque()
-        self._lock = threading.Lock()
-
-    def put(self, position: int, picture: Picture) -> None:
-        """Write a picture into the next row."""
-        with self._lock:
-            self._side = self._side or self._tile_size(picture)
-            if not self._blocks or self._blocks[-1].taken == CHUNK:
-                self._blocks.append(_Block(self._side))
-            block = self._blocks[-1]
-            row = block.taken
-            block.taken += 1
-        write_rgb(picture, block.pixels[row])
-        block.positions[row] = position
-        block.written[row] = True
-
-    def take(self) -> Iterator[TileBatch]:
-        """Yield the rows that are written, up to the first one that still is not."""
-        while True:
-            with self._lock:
-                if not self._blocks:
-                    return
-                block = self._blocks[0]
-                start = end = block.sent
-                while end < block.taken and block.written[end]:
-                    end += 1
-                block.sent = end
-                if end == CHUNK:
-                    self._blocks.popleft()
-            if start == end:
-                return
-            yield TileBatch(block.positions[start:end], block.pixels[start:end])
 
 
 def format_of(data: bytes) -> str:

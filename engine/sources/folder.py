@@ -11,7 +11,8 @@ import numpy.typing as npt
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import WORLD_BOUNDS, TileBatch, fingerprint
-from geoengine.engine.sources.decode import Job, Picture, read_picture, stream
+from geoengine.engine.sources.decode import read_picture
+from geoengine.engine.sources.streaming import Encoded, Job, stream
 from geoengine.engine.tiles import as_xy
 
 _SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -32,7 +33,7 @@ class FolderSource:
     def __init__(self, path: Path) -> None:
         self.name = path.resolve().name
         self._path = path
-        tried = map(_read, islice(_some_tiles(path), _TRIED))
+        tried = (read_picture(_read(file)) for file in islice(_some_tiles(path), _TRIED))
         sides = [picture.shape[1] for picture in tried if picture is not None]
         if not sides:
             raise SourceError(f"{path}: this folder has no tiles that can be read, in files like 4/8/5.png")
@@ -55,19 +56,19 @@ class FolderSource:
 
     def _jobs(self, z: int, tiles: list[list[int]]) -> Iterator[tuple[int, Job]]:
         for position, (x, y) in enumerate(tiles):
-            yield position, partial(self._tile, z, x, y)
+            yield position, partial(self._tile, self._path / f"{z}/{x}", y, _SUFFIXES)
 
-    def _tile(self, z: int, x: int, y: int) -> Picture | None:
-        for suffix in _SUFFIXES:
-            picture = _read(self._path / f"{z}/{x}/{y}.{suffix}")
-            if picture is not None:
-                return picture
+    def _tile(self, column: Path, y: int, suffixes: tuple[str, ...]) -> Encoded | None:
+        for number, suffix in enumerate(suffixes, start=1):
+            data = _read(column / f"{y}.{suffix}")
+            if data is not None:
+                return Encoded(data, partial(self._tile, column, y, suffixes[number:]))
         return None
 
 
-def _read(path: Path) -> Picture | None:
+def _read(path: Path) -> bytes | None:
     try:
-        return read_picture(path.read_bytes())
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except OSError as error:

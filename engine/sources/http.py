@@ -11,13 +11,15 @@ import numpy.typing as npt
 
 from geoengine.engine.sources import TileBatch, fingerprint
 from geoengine.engine.sources.cache import Kept, TileCache
-from geoengine.engine.sources.decode import DEFAULT_TILE_SIZE, Job, Picture, read_picture, stream
+from geoengine.engine.sources.decode import Picture, read_picture
 from geoengine.engine.sources.description import CachePolicy, SourceDescription
 from geoengine.engine.sources.fetch import MISSING, Answer, Call, Fetcher, UnusableError
 from geoengine.engine.sources.keeping import keep_until
+from geoengine.engine.sources.streaming import Encoded, Job, stream
 from geoengine.engine.sources.template import UrlTemplate
 from geoengine.engine.tiles import Tile, as_xy, bounds_array
 
+_TILE_SIZE = 256  # until a tile tells
 _LOOKED_UP = 128  # tiles looked for in the cache at a time
 _TEXT_TYPES = ("text/", "application/json", "application/xml", "application/xhtml")
 _SAME_TEXTS = 3  # a page that comes as often in place of a tile is the server's way to say that it has none
@@ -57,7 +59,7 @@ class HttpSource:
         self.bounds = description.bounds
         self.identity = identity_of(description, self._template)
         self.storable = description.cache is not CachePolicy.NONE
-        self.tile_size = description.tile_size or DEFAULT_TILE_SIZE
+        self.tile_size = description.tile_size or _TILE_SIZE
         self._size_known = bool(description.tile_size)
         self.has_pictures = False  # has ever sent one
 
@@ -103,11 +105,12 @@ class HttpSource:
             self.tile_size, self._size_known = picture.shape[1], True
         return self.tile_size
 
-    def _from_cache(self, tile: Tile, kept: Kept, call: Call) -> Picture | None:
-        picture = read_picture(kept.data)
-        if picture is not None:
-            call.answered()
-            return picture
+    def _from_cache(self, tile: Tile, kept: Kept, call: Call) -> Encoded:
+        call.answered()
+        return Encoded(kept.data, partial(self._fetch_again, tile, call))
+
+    def _fetch_again(self, tile: Tile, call: Call) -> Picture | None:
+        """Fetch a tile whose bytes in the cache are no picture."""
         if self._cache is not None:
             self._cache.drop(tile)
         return self._fetch(tile, call)

@@ -12,11 +12,12 @@ import numpy.typing as npt
 from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.sources.cache import TileCache
-from geoengine.engine.sources.decode import Job, Picture, read_picture, stream
+from geoengine.engine.sources.decode import Picture, read_picture
 from geoengine.engine.sources.description import CachePolicy, SourceDescription
 from geoengine.engine.sources.fetch import Answer, Call, Fetcher, UnusableError
 from geoengine.engine.sources.keeping import keep_until
 from geoengine.engine.sources.pmtiles import FIRST_BYTES, PMTilesSource
+from geoengine.engine.sources.streaming import Encoded, Job, stream
 from geoengine.engine.sources.template import UrlTemplate
 from geoengine.engine.tiles import Tile, as_xy
 
@@ -132,9 +133,8 @@ class RemotePMTilesSource(PMTilesSource):
         kept = self._cache.get(wanted) if self._cache is not None else {}
         places: list[_Place] = []
         for position, tile in enumerate(wanted):
-            # A tile that was kept without being a picture is fetched again.
-            if tile in kept and (picture := read_picture(kept[tile].data)) is not None:
-                yield position, partial(_same, picture)
+            if tile in kept:
+                yield position, partial(self._from_cache, tile, kept[tile].data, call)
             elif (place := self.place_of(*tile)) is not None:
                 places.append((*place, position))
         yield from self._fetches(places, wanted, call)
@@ -153,7 +153,25 @@ class RemotePMTilesSource(PMTilesSource):
         for _, _, position, job in jobs:
             yield position, job
 
+    def _from_cache(self, tile: Tile, data: bytes, call: Call) -> Encoded:
+        call.answered()
+        return Encoded(data, partial(self._fetch_again, tile, call))
+
+    def _fetch_again(self, tile: Tile, call: Call) -> Picture | None:
+        """Fetch a tile whose bytes in the cache are no picture."""
+        if self._cache is not None:
+            self._cache.drop(tile)
+        place = self.place_of(*tile)
+        return None if place is None else self._fetched(_Part(self._remote, *place, call), tile, *place)
+
     def _picture(self, part: _Part, tile: Tile, offset: int, length: int) -> Picture | None:
+        picture = self._fetched(part, tile, offset, length)
+        if picture is not None or part.answer() is None:
+            return picture
+        return self._fetched(part.of(offset, length), tile, offset, length)
+
+    def _fetched(self, part: _Part, tile: Tile, offset: int, length: int) -> Picture | None:
+        """Return a tile of the run, once that has been fetched, and keep it if it is a picture."""
         answer = part.answer()
         if answer is None:
             return None
@@ -176,6 +194,10 @@ class _Part:
         self._answer: Answer | None = None
         self._fetched = False
 
+    def of(self, start: int, length: int) -> _Part:
+        """Return a run of its own for one tile."""
+        return _Part(self._file, start, length, self._call)
+
     def answer(self) -> Answer | None:
         """Return the server's answer, or None when it failed."""
         with self._lock:
@@ -183,10 +205,6 @@ class _Part:
                 self._answer = self._file.fetch(self.start, self._length, self._call)
                 self._fetched = True
             return self._answer
-
-
-def _same(picture: Picture) -> Picture:
-    return picture
 
 
 def _runs(places: list[_Place]) -> Iterator[list[_Place]]:
