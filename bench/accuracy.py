@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from geoengine.engine.extras import require_extra
 from geoengine.engine.tiles import LngLat, great_circle_km_array
 
 THRESHOLDS_KM = (1.0, 25.0, 200.0, 750.0, 2500.0)
 """Street, city, region, country, continent, as in Tables 1 and 2 of the paper."""
+
+GEOSCORE_BEST = 5000.0
+_GEOSCORE_KM = 1492.7  # of the GeoGuessr game's world map, as PIGEON and OSV-5M take it
 
 _Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
@@ -38,16 +43,30 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
-    """The share of photos placed at most each distance in km away, and the median error in km."""
+    """The figures of `photos` photos, of which `located` have an answer at all.
+
+    A photo without an answer is a miss at every distance, infinitely far for the median, and worth no points
+    in `geoscore`, the mean of 5000 exp(-error / 1492.7 km). `median_km` is infinite when at least half of the
+    photos have no answer; `mean_km` is over those that have one, and NaN when none has.
+    """
 
     photos: int
+    located: int
     within_km: dict[float, Share]
     median_km: float
+    mean_km: float
+    geoscore: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-ready values; distances become keys such as "25"."""
-        within = {f"{km:g}": share.to_dict() for km, share in self.within_km.items()}
-        return {"photos": self.photos, "within_km": within, "median_km": self.median_km}
+        return {
+            "photos": self.photos,
+            "located": self.located,
+            "within_km": {f"{km:g}": share.to_dict() for km, share in self.within_km.items()},
+            "median_km": self.median_km if math.isfinite(self.median_km) else None,
+            "mean_km": self.mean_km if math.isfinite(self.mean_km) else None,
+            "geoscore": self.geoscore,
+        }
 
 
 def wilson_share(hits: int, total: int) -> Share:
@@ -63,20 +82,59 @@ def wilson_share(hits: int, total: int) -> Share:
     return Share(hits=hits, total=total, low=low, high=high)
 
 
-def accuracy(
-    predicted: Sequence[LngLat], true: Sequence[LngLat], thresholds_km: Sequence[float] = THRESHOLDS_KM
-) -> Accuracy:
-    """Return the accuracy of predicted places against the true ones, given in the same order.
+def errors_km(
+    predicted: Sequence[LngLat | None], true: Sequence[LngLat], *, geodesic: bool = False
+) -> NDArray[np.float64]:
+    """Return the distances in km between the places of two lists, float64[n]; infinite for a None.
 
-    Distances are great-circle on the sphere of `geoengine.engine.tiles`. Raises ValueError when there is no
-    place or the two lists differ in length.
+    Distances are great-circle on the sphere of `geoengine.engine.tiles`, R = 6371.0088 km; with `geodesic`,
+    the shortest way on the WGS84 ellipsoid, which needs the extra `evaluate`. Raises ValueError when the
+    lists differ in length.
     """
-    if not predicted or len(predicted) != len(true):
+    if len(predicted) != len(true):
         raise ValueError(f"need one true place for each prediction, got {len(predicted)} and {len(true)}")
-    guess, truth = np.asarray(predicted, dtype=np.float64), np.asarray(true, dtype=np.float64)  # (n, 2)
-    errors_km = great_circle_km_array(guess[:, 0], guess[:, 1], truth[:, 0], truth[:, 1])
+    distances = np.full(len(true), np.inf)
+    there = [i for i, place in enumerate(predicted) if place is not None]
+    if not there:
+        return distances
+    guess = np.array([predicted[i] for i in there], dtype=np.float64)  # (n, 2)
+    truth = np.array([true[i] for i in there], dtype=np.float64)
+    distance = _geodesic_km if geodesic else great_circle_km_array
+    distances[there] = distance(guess[:, 0], guess[:, 1], truth[:, 0], truth[:, 1])
+    return distances
+
+
+def accuracy(errors: NDArray[np.float64], thresholds_km: Sequence[float] = THRESHOLDS_KM) -> Accuracy:
+    """Return the accuracy of `errors`, float64[n] in km as from `errors_km`; a threshold includes its end.
+
+    Raises ValueError when there is none.
+    """
+    if not len(errors):
+        raise ValueError("the accuracy of no photos is not defined")
+    found = errors[np.isfinite(errors)]
+    # not np.median, which averages two infinities, or one with a number, with a warning
+    middle = np.sort(errors)[[(len(errors) - 1) // 2, len(errors) // 2]]
     return Accuracy(
-        photos=len(predicted),
-        within_km={km: wilson_share(int((errors_km <= km).sum()), len(predicted)) for km in thresholds_km},
-        median_km=float(np.median(errors_km)),
+        photos=len(errors),
+        located=len(found),
+        within_km={km: wilson_share(int((errors <= km).sum()), len(errors)) for km in thresholds_km},
+        median_km=float(middle.sum() / 2),
+        mean_km=float(found.mean()) if len(found) else math.nan,
+        geoscore=float(GEOSCORE_BEST * np.exp(-errors / _GEOSCORE_KM).mean()),
     )
+
+
+def check_geodesic() -> None:
+    """Raise MissingExtraError when geodesic distances cannot be computed here."""
+    require_extra("evaluate", ("geographiclib",), "distances on the ellipsoid")
+
+
+def _geodesic_km(
+    lng: NDArray[np.float64], lat: NDArray[np.float64], lng2: NDArray[np.float64], lat2: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    check_geodesic()
+    from geographiclib.geodesic import Geodesic
+
+    inverse, only = Geodesic.WGS84.Inverse, Geodesic.DISTANCE
+    columns = (lat.tolist(), lng.tolist(), lat2.tolist(), lng2.tolist())
+    return np.array([inverse(*ends, only)["s12"] / 1000 for ends in zip(*columns, strict=True)])

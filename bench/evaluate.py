@@ -1,205 +1,198 @@
-"""Accuracy of the whole chain on the built-in planet, whose truth is known."""
+"""Evaluation: photos of known places are located, and every search leaves a row."""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
-import numpy as np
-
-from geoengine.bench.accuracy import Accuracy, Share, accuracy, wilson_share
+from geoengine.bench.accuracy import errors_km
+from geoengine.bench.evaluate_rows import PhotoRow, Results, Setting
+from geoengine.bench.truth import TruthPhoto, TruthSet
+from geoengine.engine.calibration import STATED_SHARES
 from geoengine.engine.engine import GeoEngine
-from geoengine.engine.errors import BundleError, GeoEngineError
+from geoengine.engine.errors import BundleError, GeoEngineError, PhotoError
 from geoengine.engine.photos import Photo
 from geoengine.engine.results import Location
-from geoengine.engine.search import SearchConfig
-from geoengine.engine.sources import planet
-from geoengine.engine.tiles import MAX_LATITUDE_DEG, LngLat, tile_at
+from geoengine.engine.search import SearchConfig, levels_of
+from geoengine.engine.tiles import tile_at
 
 PHOTOS_PER_CALL = 25
-"""Photos located together, so that the tiles they share are read and encoded once."""
-
-_DRAWS = 1024  # at once; fixed, so that the first places of a seed do not depend on how many are wanted
+"""Photos located together by default, so that the tiles they share are read and encoded once."""
 
 EvaluationProgress: TypeAlias = Callable[[int, int], None]
-"""(searches done, searches in all); a search is one photo at one beam width."""
+"""(searches done, searches in all); a search is one photo with one setting."""
+
+
+def setting_of(config: SearchConfig) -> Setting:
+    """Return what the rows of a search are filed under; its configuration names a score."""
+    assert config.score is not None, "GeoEngine.resolved chooses one"
+    return Setting("tiles", config.score.value, config.k)
+
+
+def job_of(engine: GeoEngine, truth: TruthSet, configs: Sequence[SearchConfig]) -> dict[str, Any]:
+    """Return all that the rows depend on but their own setting, JSON-ready, one level deep.
+
+    Raises GeoEngineError unless the configurations differ in their settings and in nothing else, BundleError
+    when the photos are of another world than the encoders.
+    """
+    if not configs:
+        raise GeoEngineError("an evaluation needs at least one k")
+    settings = [setting_of(config) for config in configs]
+    if len(set(settings)) < len(settings):
+        twice = next(setting for setting in settings if settings.count(setting) > 1)
+        raise GeoEngineError(f"an evaluation needs each setting once, got {' '.join(map(str, twice))} twice")
+    searches = [_search_of(config) for config in configs]
+    if any(search != searches[0] for search in searches):
+        raise GeoEngineError("the configurations of one evaluation must have the same levels and options")
+    bundle = engine.bundle
+    if bundle.world != truth.world:
+        raise BundleError(
+            f"{truth.title} shows the world {truth.world!r}, and engine bundle {bundle.path} knows "
+            f"{bundle.world!r}: give a bundle of that world"
+        )
+    return {
+        "data_set": truth.identity,
+        "bundle": _fingerprint(engine),
+        "backend": f"{engine.backend.name} {engine.backend.variant}",
+        "tiles": engine.source.identity,
+        "index": _index_of(engine),
+        **searches[0],
+    }
+
+
+def levels_searched(engine: GeoEngine, config: SearchConfig) -> list[int]:
+    """Return the zooms of which rows may have ranks."""
+    return levels_of(engine.source, config.levels, overzoom=config.overzoom)
+
+
+def _search_of(config: SearchConfig) -> dict[str, str]:
+    """Return the configuration but for what a setting says and what changes no answer."""
+    own = {"method", "score", "k", "top"}
+    return {
+        field.name: _words(getattr(config, field.name)) for field in fields(config) if field.name not in own
+    }
+
+
+def _words(value: object) -> str:
+    name = getattr(value, "name", None)
+    return name if isinstance(name, str) else str(value)
+
+
+def _fingerprint(engine: GeoEngine) -> str:
+    """Return a hash of all that the bundle says about its answers: its manifest, and what was calibrated."""
+    digest = hashlib.sha256()
+    for file in sorted(engine.bundle.path.rglob("*.json")):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _index_of(engine: GeoEngine) -> str:
+    """Return which levels an index scores whole, and where; "" without an index."""
+    if engine.known is None or engine.known.index is None:
+        return ""
+    description = engine.known.index.description
+    return f"zooms {', '.join(map(str, description.complete))} of {'; '.join(map(str, description.areas))}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BeamReport:
-    """The figures of one beam width.
+class Evaluation:
+    """An evaluation under way: which photos are located with which settings, by what, and into which rows.
 
-    `recall` maps each level's zoom to the share of photos whose true tile was in that level's beam. `tiles`
-    counts the distinct tiles that the calls read, `seconds` is the wall time of the calls: embedding the
-    photos and the search, without drawing the photos.
+    `together` photos are located at a time.
     """
 
-    k: int
-    accuracy: Accuracy
-    recall: dict[int, Share]
-    tiles: int
-    seconds: float
+    engine: GeoEngine
+    truth: TruthSet
+    configs: Sequence[SearchConfig]
+    results: Results
+    together: int = PHOTOS_PER_CALL
 
-    @property
-    def tiles_per_second(self) -> float:
-        """Tiles read, encoded and scored per second of wall time."""
-        return self.tiles / self.seconds
+    def run(self, progress: EvaluationProgress | None = None) -> None:
+        """Locate what has no row yet; whatever stops it, the rows that are there stay.
 
-    @property
-    def seconds_per_photo(self) -> float:
-        """Wall time per photo, when `PHOTOS_PER_CALL` are located together."""
-        return self.seconds / self.accuracy.photos
+        Photos that cannot be read become rows with a problem. Raises what the set, the engine and the disk
+        raise.
+        """
+        if self.together < 1:
+            raise GeoEngineError(f"at least one photo is located at a time, got {self.together}")
+        pending = [photo.key for photo in self.truth if self._lacking(photo)]
+        total = len(pending) * len(self.configs)
+        wanted, done = set(pending), 0
+        photos = (photo for photo in self.truth if photo.key in wanted)
+        while batch := list(itertools.islice(photos, self.together)):
+            for rows in self._batch(batch):
+                self.results.add(rows)
+            done += len(batch) * len(self.configs)
+            if progress is not None:
+                progress(done, total)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON-ready values."""
-        return {
-            "k": self.k,
-            **self.accuracy.to_dict(),
-            "recall": {str(zoom): share.to_dict() for zoom, share in self.recall.items()},
-            "tiles": self.tiles,
-            "seconds": self.seconds,
-            "tiles_per_second": self.tiles_per_second,
-            "seconds_per_photo": self.seconds_per_photo,
-        }
+    def _lacking(self, photo: TruthPhoto) -> list[SearchConfig]:
+        return [c for c in self.configs if self.results.row(setting_of(c), photo.key) is None]
 
+    def _batch(self, batch: Sequence[TruthPhoto]) -> Iterator[list[PhotoRow]]:
+        """Yield the rows of some photos: first those that cannot be read, then setting by setting."""
+        read: dict[str, Photo] = {}
+        problems: list[PhotoRow] = []
+        for truth in batch:
+            try:
+                read[truth.key] = self.engine.prepare(truth.read())
+            except PhotoError as error:
+                problems += [_problem(truth, setting_of(config), error) for config in self._lacking(truth)]
+        yield problems
+        for config in self.configs:
+            setting = setting_of(config)
+            chosen = [t for t in batch if t.key in read and self.results.row(setting, t.key) is None]
+            if chosen:
+                yield self._located(chosen, [read[truth.key] for truth in chosen], config)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """An evaluation: what was evaluated, and the figures of each beam width in the order asked for."""
-
-    world: str
-    model: str
-    backend: str
-    photos: int
-    seed: int
-    beams: tuple[BeamReport, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-ready values."""
-        return {
-            "world": self.world,
-            "model": self.model,
-            "backend": self.backend,
-            "photos": self.photos,
-            "seed": self.seed,
-            "beams": [beam.to_dict() for beam in self.beams],
-        }
-
-
-def evaluate_planet(
-    *,
-    photos: int,
-    ks: Sequence[int],
-    seed: int,
-    engine: GeoEngine | None = None,
-    progress: EvaluationProgress | None = None,
-) -> Report:
-    """Locate photos of random land places of the planet at each beam width and report how far off they are.
-
-    Places are uniform over the planet's land by area. The photos are drawn in memory and the search sees
-    nothing but their pixels. The same seed gives the same places and photos, and more photos begin with those
-    of fewer. `engine` is by default the package's own for the planet; a given one stays open. Raises
-    GeoEngineError for numbers below 1 or a negative seed, BundleError when the engine is for another world.
-    """
-    if photos < 1 or not ks:
-        raise GeoEngineError(f"an evaluation needs at least one photo and one k, got {photos} and {list(ks)}")
-    if seed < 0:
-        raise GeoEngineError(f"seed must be 0 or more, got {seed}")
-    if len(set(ks)) < len(ks):
-        raise GeoEngineError(f"an evaluation needs each k once, got {list(ks)}")
-    configs = [SearchConfig(k=k) for k in ks]  # refuses a bad k before anything is opened
-    if engine is None:
-        with GeoEngine.open("planet", "planet") as opened:
-            return _evaluate(opened, photos, configs, seed, progress)
-    return _evaluate(engine, photos, configs, seed, progress)
-
-
-def land_places(count: int, seed: int) -> list[LngLat]:
-    """Return random places on the planet's land, uniform by area between the latitudes that tiles cover."""
-    rng = np.random.default_rng([seed, 0])
-    top = math.sin(math.radians(MAX_LATITUDE_DEG))
-    places: list[LngLat] = []
-    while len(places) < count:
-        lng = rng.uniform(-180.0, 180.0, _DRAWS)
-        lat = np.degrees(np.arcsin(rng.uniform(-top, top, _DRAWS)))
-        land = planet.is_land(lng, lat)
-        places += [LngLat(*point) for point in zip(lng[land].tolist(), lat[land].tolist(), strict=True)]
-    return places[:count]
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What the calls with one beam width have given so far."""
-
-    config: SearchConfig
-    locations: list[Location] = field(default_factory=list)
-    tiles: int = 0
-    seconds: float = 0.0
-
-    def locate(self, engine: GeoEngine, photos: list[Photo]) -> None:
+    def _located(
+        self, chosen: Sequence[TruthPhoto], photos: Sequence[Photo], config: SearchConfig
+    ) -> list[PhotoRow]:
         totals: dict[int, int] = {}
 
         def note(index: int, zoom: int, done: int, total: int) -> None:
             totals[index] = total
 
         start = time.perf_counter()
-        self.locations += engine.locate(photos, config=self.config, progress=note)
-        self.seconds += time.perf_counter() - start
-        self.tiles += sum(totals.values())
-
-    def report(self, truth: Sequence[LngLat], levels: Sequence[int]) -> BeamReport:
-        return BeamReport(
-            k=self.config.k,
-            accuracy=accuracy([location.point for location in self.locations], truth),
-            recall={zoom: wilson_share(sum(self._kept(truth, zoom)), len(truth)) for zoom in levels},
-            tiles=self.tiles,
-            seconds=self.seconds,
-        )
-
-    def _kept(self, truth: Sequence[LngLat], zoom: int) -> Iterator[bool]:
-        """Whether the true tile of a zoom is in that level's beam, for each photo."""
-        for location, place in zip(self.locations, truth, strict=True):
-            yield tile_at(place, zoom) in {scored.tile for level in location.levels for scored in level.beam}
+        locations = self.engine.locate(photos, config=config, progress=note)
+        seconds = (time.perf_counter() - start) / len(photos)
+        tiles = sum(totals.values()) / len(photos)
+        return [
+            _row(truth, setting_of(config), location, tiles, seconds)
+            for truth, location in zip(chosen, locations, strict=True)
+        ]
 
 
-def _evaluate(
-    engine: GeoEngine,
-    photos: int,
-    configs: Sequence[SearchConfig],
-    seed: int,
-    progress: EvaluationProgress | None,
-) -> Report:
-    if engine.bundle.world != "planet":
-        raise BundleError(f"only the planet has known truth, and this engine is for {engine.bundle.world!r}")
-    levels = engine.bundle.levels
-    tallies = [_Tally(SearchConfig(k=config.k, levels=levels)) for config in configs]
-    truth = land_places(photos, seed)
-    done = 0
-    for batch in _photos(truth, seed):
-        for tally in tallies:
-            tally.locate(engine, batch)
-            done += len(batch)
-            if progress is not None:
-                progress(done, photos * len(tallies))
-    manifest = engine.bundle.manifest
-    return Report(
-        world=engine.bundle.world,
-        model=f"{manifest.model}/{manifest.pretrained}",
-        backend=engine.backend.name,
-        photos=photos,
-        seed=seed,
-        beams=tuple(tally.report(truth, levels) for tally in tallies),
+def _row(truth: TruthPhoto, setting: Setting, location: Location, tiles: float, seconds: float) -> PhotoRow:
+    levels = location.levels
+    return PhotoRow(
+        photo=truth.key,
+        setting=setting,
+        true=truth.place,
+        place=location.point,
+        error_km=float(errors_km([location.point], [truth.place])[0]),
+        radius_km=location.radius_km,
+        radii_km=dict(zip(STATED_SHARES, map(float, location.radii_km), strict=False)),
+        calibrated=location.radius_calibrated,
+        ranks={level.zoom: _rank(truth, location, level.zoom) for level in levels},
+        scored=sum(level.candidates for level in levels),
+        wanted=sum(level.candidates + level.missing + level.late for level in levels),
+        tiles=tiles,
+        seconds=seconds,
     )
 
 
-def _photos(places: Sequence[LngLat], seed: int) -> Iterator[list[Photo]]:
-    """Draw the photos of the places, `PHOTOS_PER_CALL` at a time; their names say nothing of the places."""
-    seeds = np.random.default_rng([seed, 1]).integers(2**31, size=len(places)).tolist()
-    for start in range(0, len(places), PHOTOS_PER_CALL):
-        yield [
-            Photo(name=f"planet photo {i + 1}", pixels=planet.photo(places[i].lat, places[i].lng, seeds[i]))
-            for i in range(start, min(start + PHOTOS_PER_CALL, len(places)))
-        ]
+def _rank(truth: TruthPhoto, location: Location, zoom: int) -> int:
+    """Return the true tile's place in a level's beam, from 1; 0 when it is not there."""
+    [level] = [level for level in location.levels if level.zoom == zoom]
+    true = tile_at(truth.place, zoom)
+    return next((rank for rank, scored in enumerate(level.beam, 1) if scored.tile == true), 0)
+
+
+def _problem(truth: TruthPhoto, setting: Setting, error: PhotoError) -> PhotoRow:
+    words = " ".join(str(error).split())  # one line, whatever the file is called
+    return PhotoRow(photo=truth.key, setting=setting, true=truth.place, radii_km={}, ranks={}, problem=words)

@@ -1,8 +1,8 @@
 """Put the measured figures into the README, so that none is typed by hand: `make readme`.
 
-The figures are what `geoengine evaluate planet … --json` wrote to `bench/results/planet/`, one file a run,
-and what `python -m geoengine.bench.encoders_cpu` wrote to `bench/results/cpu/`. A block of the README between
-`<!-- name -->` and `<!-- /name -->` is replaced; a test checks that it is current.
+The figures are the reports of `geoengine evaluate planet … --json` in `bench/results/planet/`, one file a
+run, and what `python -m geoengine.bench.encoders_cpu` wrote to `bench/results/cpu/`. A block of the README
+between `<!-- name -->` and `<!-- /name -->` is replaced; a test checks that it is current.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ RESULTS = _ROOT / "bench" / "results"
 
 def render(text: str, results: Path = RESULTS) -> str:
     """Return the README `text` with its blocks of figures filled from the files in `results`."""
-    beams = load_beams(results / "planet")
+    planet = load_results(results / "planet")
     encoders = json.loads((results / "cpu" / "encoders.json").read_text(encoding="utf-8"))
     blocks = {
-        "accuracy": accuracy_table(beams),
-        "recall": recall_table(beams),
-        "headline": headline(beams),
+        "accuracy": accuracy_table(planet),
+        "recall": recall_table(planet),
+        "headline": headline(planet),
         "cpu": cpu_table(encoders["rows"]),
     }
     for name, block in blocks.items():
@@ -36,38 +36,43 @@ def render(text: str, results: Path = RESULTS) -> str:
     return text
 
 
-def load_beams(results: Path) -> list[dict[str, Any]]:
-    """Return the figures of every beam width of all reports in a folder, narrow ones first."""
-    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
-    return sorted((beam for report in reports for beam in report["beams"]), key=lambda beam: int(beam["k"]))
+def load_results(folder: Path) -> list[dict[str, Any]]:
+    """Return the figures of every search of all reports in a folder: by score, narrow beams first."""
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    results = [result for report in reports for result in report["results"]]
+    return sorted(results, key=lambda result: (result["score"], int(result["k"])))
 
 
-def accuracy_table(beams: Sequence[dict[str, Any]]) -> str:
+def accuracy_table(results: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of the share of photos within each distance, with 95 % intervals at 1 km."""
-    distances = list(beams[0]["within_km"])
+    distances = list(results[0]["within_km"])
     rows = []
-    for beam in beams:
-        within = beam["within_km"]
+    for result in results:
+        within = result["within_km"]
         nearest = within[distances[0]]
         interval = " – ".join(percent(end) for end in nearest["ci95"])
         shares = [percent(within[distance]["share"]) for distance in distances]
-        rows.append([beam["k"], beam["photos"], *shares, interval, f"{beam['median_km']:.2f} km"])
+        median = f"{result['median_km']:.2f} km"
+        rows.append([result["score"], result["k"], result["photos"], *shares, interval, median])
     headings = [f"≤ {float(distance):,g} km" for distance in distances]
-    header = ["k", "photos", *headings, "≤ 1 km, 95 % interval", "median"]
+    header = ["score", "k", "photos", *headings, "≤ 1 km, 95 % interval", "median"]
     return table(header, rows)
 
 
-def recall_table(beams: Sequence[dict[str, Any]]) -> str:
+def recall_table(results: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of how often the true tile is in the beam of each level."""
-    zooms = list(beams[0]["recall"])
-    rows = [[beam["k"], *(percent(beam["recall"][zoom]["share"]) for zoom in zooms)] for beam in beams]
-    return table(["k", *(f"zoom {zoom}" for zoom in zooms)], rows)
+    zooms = list(results[0]["recall"])
+    rows = [
+        [result["score"], result["k"], *(percent(result["recall"][zoom]["share"]) for zoom in zooms)]
+        for result in results
+    ]
+    return table(["score", "k", *(f"zoom {zoom}" for zoom in zooms)], rows)
 
 
-def headline(beams: Sequence[dict[str, Any]]) -> str:
-    """Return the share within 1 km at k = 16."""
-    [beam] = [beam for beam in beams if beam["k"] == 16]
-    return percent(next(iter(beam["within_km"].values()))["share"])
+def headline(results: Sequence[dict[str, Any]]) -> str:
+    """Return the share within 1 km at k = 16, with the path score where that was measured."""
+    result = [result for result in results if result["k"] == 16][-1]
+    return percent(next(iter(result["within_km"].values()))["share"])
 
 
 def cpu_table(encoders: Sequence[dict[str, Any]]) -> str:

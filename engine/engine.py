@@ -153,8 +153,7 @@ class GeoEngine:
         self._check_levels(config.levels)
         self.check_region(config.within)
         calibration = self.bundle.calibration or Calibration.assumed(self.bundle.manifest)
-        if config.score is None:
-            config = replace(config, score=Score.path if calibration.fitted else Score.paper)
+        config = self.resolved(config)
         start = time.perf_counter()
         read = [self.prepare(photo) for photo in photos]
         embeddings = self.embed_photos(read)
@@ -173,6 +172,14 @@ class GeoEngine:
             self._location(photo, levels, config, calibration, seconds)
             for photo, levels in zip(read, found, strict=True)
         ]
+
+    def resolved(self, config: SearchConfig) -> SearchConfig:
+        """Return a configuration whose score is chosen: that of the bundle where it was None."""
+        if config.score is not None:
+            return config
+        calibration = self.bundle.calibration
+        fitted = calibration is not None and calibration.fitted
+        return replace(config, score=Score.path if fitted else Score.paper)
 
     def prepare(self, photo: PhotoSource) -> Photo:
         """Read a photo and keep only the square that the encoder sees: many that wait stay small."""

@@ -22,7 +22,7 @@ app.command()(locate.locate)
 app.command()(build_engines.build_engines)
 app.command()(doctor.doctor)
 app.add_typer(index.app, name="index")
-app.add_typer(evaluate.app, name="evaluate")
+app.command()(evaluate.evaluate)
 app.add_typer(tiles.app, name="tiles")
 app.add_typer(train.app, name="train")
 

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from command_line import refused, run
 
 from geoengine.commands import terminal
 from geoengine.engine.errors import GeoEngineError
-from geoengine.engine.tiles import LngLat
 
 # --- the terminal ---
 
@@ -84,47 +82,6 @@ def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
 
 
 # --- the other commands ---
-
-
-def test_evaluate_prints_a_table_and_json(monkeypatch):
-    from geoengine.bench import evaluate
-    from geoengine.bench.accuracy import accuracy, wilson_share
-
-    def evaluate_planet(*, photos, ks, seed, progress):
-        progress(1, 2)
-        places = [LngLat(0.0, 0.0)] * photos
-        beams = tuple(
-            evaluate.BeamReport(
-                k=k,
-                accuracy=accuracy(places, places),
-                recall={4: wilson_share(3, 4), 6: wilson_share(1, 4)},
-                tiles=1000,
-                seconds=2.0,
-            )
-            for k in ks
-        )
-        return evaluate.Report(world="planet", model="m", backend="b", photos=photos, seed=seed, beams=beams)
-
-    monkeypatch.setattr(evaluate, "evaluate_planet", evaluate_planet)
-    table = run("evaluate", "planet", "--k", 1, "--k", 4, "--photos", 10, "--seed", 3)
-    assert "demo planet, not Earth: 10 photos, seed 3, m, b" in table.stdout
-    for cell in ("2500 km", "100.0%", "75.0%", "25.0%", "z6", "500"):
-        assert cell in table.stdout
-    report = json.loads(run("evaluate", "planet", "--k", 1, "--photos", 10, "--json").stdout)
-    assert [beam["k"] for beam in report["beams"]] == [1]
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--photos", 0], "at least one photo and one k, got 0"),
-        (["--k", 0], "k must be at least 1, got 0"),
-        (["--k", 1, "--k", 1], "each k once"),
-        (["--seed", -1], "seed must be 0 or more, got -1"),
-    ],
-)
-def test_evaluations_of_nothing_are_refused(options, sentence):
-    refused(run("evaluate", "planet", *options), sentence)
 
 
 def test_training_into_a_place_that_cannot_be_written_is_refused(tmp_path):

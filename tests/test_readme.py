@@ -23,13 +23,13 @@ def test_other_results_give_other_figures(tmp_path):
     shutil.copytree(readme.RESULTS, tmp_path / "results")
     for file in (tmp_path / "results" / "planet").glob("*.json"):
         report = json.loads(file.read_text())
-        for beam in report["beams"]:
-            beam["within_km"]["1"]["share"] = 0.123
+        for result in report["results"]:
+            result["within_km"]["1"]["share"] = 0.123
         file.write_text(json.dumps(report))
     encoders = tmp_path / "results" / "cpu" / "encoders.json"
     encoders.write_text(re.sub(r'"ratio": [\d.]+', '"ratio": 77.7', encoders.read_text()))
     changed = readme.render(TEXT, tmp_path / "results")
-    assert changed.count("12.3 %") == len(readme.load_beams(tmp_path / "results" / "planet")) + 1
+    assert changed.count("12.3 %") == len(readme.load_results(tmp_path / "results" / "planet")) + 1
     assert changed.count("77.7") == len(json.loads(encoders.read_text())["rows"])
 
 

@@ -47,6 +47,11 @@ def country(code: str) -> Polygons:
     return Polygons(name, np.concatenate(list(_country_edges(numbers))), of_earth=True)
 
 
+def outlines() -> tuple[FloatArray, ...]:
+    """Return all coasts and borders for drawing, each once, float64[points, 2] in degrees."""
+    return _borders().arcs
+
+
 class Land:
     """All land but Antarctica, with a margin of one tile around it."""
 

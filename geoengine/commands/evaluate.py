@@ -4,67 +4,253 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geoengine.commands.terminal import progress_bar, write_result
+from geoengine.commands.options import (
+    BackendOption,
+    BundleOption,
+    CentredOption,
+    DeadlineOption,
+    IndexOption,
+    LevelsOption,
+    MegapixelsOption,
+    ObjectiveOption,
+    OverzoomOption,
+    PrecisionOption,
+    QuotaOption,
+    ThreadsOption,
+    TilesOption,
+    WithinOption,
+)
+from geoengine.commands.orders import EngineOrder, ScoringOrder, SearchOrder, search_config
+from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
+from geoengine.engine.errors import GeoEngineError, MissingExtraError
+from geoengine.engine.scoring.kinds import Score
 
 if TYPE_CHECKING:
-    from geoengine.bench.evaluate import Report
-
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def evaluate() -> None:
-    """Measure how accurate the search is."""
+    from geoengine.bench.evaluate_report import Report
+    from geoengine.bench.truth import TruthSet
+    from geoengine.engine.engine import GeoEngine
+    from geoengine.engine.search import SearchConfig
 
 
-@app.command()
-def planet(
-    k: Annotated[list[int], typer.Option("--k", help="Beam width; may be given several times.")] = [1, 4, 16],  # noqa: B006
-    photos: Annotated[int, typer.Option(help="Photos of random places on land.")] = 200,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same places and photos.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object instead of a table.")] = False,
+class Plots(StrEnum):
+    """What the plots are written as."""
+
+    SVG = "svg"
+    PNG = "png"
+    NONE = "none"
+
+
+_DataSet = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATASET",
+        help="planet, im2gps, im2gps3k, yfcc4k, or photos with places: a .csv, .tsv or .parquet table, "
+        "a folder with one, or WebDataset .tar files.",
+    ),
+]
+_MoreK = Annotated[
+    list[int] | None,
+    typer.Argument(metavar="K", show_default=False, help="More beam widths, as in --k 16 32 64."),
+]
+_Ks = Annotated[
+    list[str], typer.Option("--k", help="Beam widths: 16,32,64, or the option several times.", metavar="K,…")
+]
+_Scores = Annotated[
+    list[Score] | None,
+    typer.Option("--score", help="paper or path, as in locate; twice for both. Default: the bundle's best."),
+]
+_Photos = Annotated[Path | None, typer.Option(help="Folder of the photos, where the table does not say.")]
+_Places = Annotated[Path | None, typer.Option(help="Table of the photos' places.", metavar="FILE")]
+_Count = Annotated[
+    int | None,
+    typer.Option(help="Photos drawn of the planet (default 200), or chosen at random from another set."),
+]
+_Seed = Annotated[int, typer.Option(help="The same seed gives the same photos.")]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for rows, report, tables and plots; the same command goes on there.", metavar="DIR"
+    ),
+]
+_Again = Annotated[bool, typer.Option("--again", help="Throw away the rows in --out and start anew.")]
+_Together = Annotated[int, typer.Option(help="Photos located together; 1 times each photo alone.")]
+_Geodesic = Annotated[
+    bool, typer.Option("--geodesic", help="Distances on the WGS84 ellipsoid, not on the sphere.")
+]
+_Training = Annotated[
+    Path | None,
+    typer.Option(help="What the encoders were trained on; photos that are in it are refused.", metavar="DIR"),
+]
+_PlotsOption = Annotated[list[Plots], typer.Option(help="Kind of the plots in --out.")]
+_Parquet = Annotated[bool, typer.Option("--parquet", help="Also write the rows in --out as Parquet.")]
+_Json = Annotated[bool, typer.Option("--json", help="The report as a JSON object instead of tables.")]
+
+
+def evaluate(
+    data_set: _DataSet,
+    more_k: _MoreK = None,
+    k: _Ks = ["16"],  # noqa: B006
+    score: _Scores = None,
+    photos: _Photos = None,
+    places: _Places = None,
+    count: _Count = None,
+    seed: _Seed = 1,
+    out: _Out = None,
+    again: _Again = False,
+    parquet: _Parquet = False,
+    plots: _PlotsOption = [Plots.SVG],  # noqa: B006
+    training: _Training = None,
+    geodesic: _Geodesic = False,
+    together: _Together = 25,
+    levels: LevelsOption = None,
+    within: WithinOption = None,
+    bundle: BundleOption = None,
+    tiles: TilesOption = None,
+    index: IndexOption = None,
+    quota: QuotaOption = None,
+    centred: CentredOption = False,
+    objective: ObjectiveOption = "best-tile",
+    overzoom: OverzoomOption = False,
+    deadline: DeadlineOption = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
+    max_megapixels: MegapixelsOption = 100.0,
+    as_json: _Json = False,
 ) -> None:
-    """Locate photos of the built-in demo planet, whose truth is known, and report how far off they are."""
-    from geoengine.bench.evaluate import evaluate_planet
+    """Measure how accurate the search is, on photos whose place is known.
 
-    with progress_bar("drawing the photos") as show:
-        report = evaluate_planet(
-            photos=photos, ks=k, seed=seed, progress=lambda done, total: show("photos located", done, total)
+    Photos that cannot be read count as misses. Every row says how many photos it is of, and has 95 %
+    intervals; published figures stand apart from those measured here. With --out, results are kept as they
+    come: the same command goes on where a run was stopped, and adds further beam widths.
+
+    Exit status: 0 all photos were located; 1 some could not be read; 2 nothing could be done.
+    """
+    from geoengine.bench.truth_sets import open_truth_set, refuse_trained
+
+    scoring = ScoringOrder(quota=quota, centred=centred, objective=objective)
+    config = search_config(1, levels, 1, within, deadline, overzoom, scoring)
+    scores: list[Score | None] = [*score] if score else [None]
+    configs = [replace(config, score=each, k=width) for each in scores for width in _widths(k, more_k)]
+    limits = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif=False).limits
+    job = Job(data_set=data_set, out=out, again=again, together=together, geodesic=geodesic, parquet=parquet)
+    job.check(plots)
+    truth = open_truth_set(data_set, photos=photos, table=places, count=count, seed=seed, limits=limits)
+    if training is not None:
+        with waiting("looking for the photos among those of the training"):
+            refuse_trained(truth, training)
+    bundle = "planet" if truth.world == "planet" and bundle is None else bundle
+    order = EngineOrder.parse(False, bundle, tiles, index, backend, precision, threads)
+    with order.open() as engine:
+        if levels is None:
+            configs = [replace(each, levels=engine.bundle.levels) for each in configs]
+        configs = [engine.resolved(each) for each in configs]
+        report = job.run(engine, truth, configs)
+    _write_files(report, job, plots)
+    write_result(_text(report, as_json))
+    raise typer.Exit(_status(report))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One run of the command, checked before anything is opened."""
+
+    data_set: str
+    out: Path | None
+    again: bool
+    together: int
+    geodesic: bool
+    parquet: bool
+
+    def check(self, plots: Sequence[Plots]) -> None:
+        """Raise GeoEngineError for options that cannot be, or that need packages that are not there."""
+        from geoengine.bench.accuracy import check_geodesic
+        from geoengine.engine.extras import require_extra
+
+        if self.out is None and (self.again or self.parquet):
+            raise GeoEngineError("--again and --parquet are about the folder of results: give it with --out")
+        if self.together < 1:
+            raise GeoEngineError(f"--together must be at least 1, got {self.together}")
+        if self.parquet:
+            require_extra("parquet", ("pyarrow",), "writing Parquet")
+        if self.geodesic:
+            check_geodesic()
+            if self.data_set == "planet":
+                raise GeoEngineError("the planet is a sphere: leave out --geodesic")
+        if self.out is not None and any(kind is not Plots.NONE for kind in plots):
+            from geoengine.bench.evaluate_plots import check_plots
+
+            try:
+                check_plots()
+            except MissingExtraError as error:
+                raise MissingExtraError(f"{error}, or give --plots none") from None
+
+    def run(self, engine: GeoEngine, truth: TruthSet, configs: Sequence[SearchConfig]) -> Report:
+        """Locate what has no row yet, and return the report; raises GeoEngineError."""
+        from geoengine.bench.evaluate import Evaluation, job_of, levels_searched
+        from geoengine.bench.evaluate_report import make_report
+        from geoengine.bench.evaluate_rows import Results
+        from geoengine.engine.calibration import STATED_SHARES
+
+        made_of, zooms = job_of(engine, truth, configs), levels_searched(engine, configs[0])
+        opened = (
+            nullcontext(Results(made_of, zooms, STATED_SHARES))
+            if self.out is None
+            else Results.open(self.out, made_of, zooms, STATED_SHARES, again=self.again)
         )
-    write_result(json.dumps(report.to_dict(), indent=2) + "\n" if as_json else report_table(report))
+        with opened as results:
+            run = Evaluation(
+                engine=engine, truth=truth, configs=configs, results=results, together=self.together
+            )
+            with progress_bar("reading the photos") as show:
+                run.run(lambda done, total: show("photos located", done, total))
+            return make_report(
+                engine, truth, configs, results, together=self.together, geodesic=self.geodesic
+            )
 
 
-def report_table(report: Report) -> str:
-    """Return the figures of an evaluation as tables for a terminal."""
-    from rich import box
-    from rich.table import Table
+def _widths(given: Sequence[str], more: Sequence[int] | None) -> list[int]:
+    """Return the beam widths of `--k 16,32 --k 64` and of the numbers after it; raises GeoEngineError."""
+    try:
+        widths = [int(part) for text in given for part in text.split(",")]
+    except ValueError:
+        raise GeoEngineError(f"beam widths are numbers such as --k 16,32,64, got {' '.join(given)}") from None
+    return [*widths, *(more or [])]
 
-    from geoengine.engine.render.table import text_of
-    from geoengine.engine.results import DEMO_WORLD
 
-    def table(title: str, first: str, headings: list[str]) -> Table:
-        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in (first, *headings):
-            made.add_column(heading, justify="right", no_wrap=True)
-        return made
+def _write_files(report: Report, job: Job, plots: Sequence[Plots]) -> None:
+    """Write report, tables, plots and the list of unreadable photos; without a folder, name those photos."""
+    if job.out is None:
+        for problem in report.problems.values():
+            complain(problem)
+        return
+    from geoengine.bench.evaluate_files import write_files
 
-    distances = [f"{km:g} km" for km in report.beams[0].accuracy.within_km]
-    zooms = [f"z{zoom}" for zoom in report.beams[0].recall]
-    title = f"{DEMO_WORLD}: {report.photos} photos, seed {report.seed}, {report.model}, {report.backend}"
-    placed = table(f"{title}\nphotos placed within", "k", [*distances, "median", "s/photo", "tiles/s"])
-    kept = table("true tile in the beam", "k", zooms)
-    for beam in report.beams:
-        within = beam.accuracy.within_km.values()
-        placed.add_row(
-            str(beam.k),
-            *(f"{share.value:.1%}" for share in within),
-            f"{beam.accuracy.median_km:.1f} km",
-            f"{beam.seconds_per_photo:.2f}",
-            f"{beam.tiles_per_second:.0f}",
+    with waiting("drawing the plots"):
+        write_files(
+            report, job.out, [kind.value for kind in plots if kind is not Plots.NONE], parquet=job.parquet
         )
-        kept.add_row(str(beam.k), *(f"{share.value:.1%}" for share in beam.recall.values()))
-    return text_of([placed, kept], sys.stdout)
+    complain(f"wrote {job.out}")
+
+
+def _text(report: Report, as_json: bool) -> str:
+    if as_json:
+        return json.dumps(report.to_dict(), indent=2) + "\n"
+    from geoengine.bench.evaluate_tables import terminal_text
+
+    return terminal_text(report, sys.stdout)
+
+
+def _status(report: Report) -> Exit:
+    if len(report.problems) == report.photos:
+        return Exit.FAILED
+    return Exit.SOME_FAILED if report.problems else Exit.DONE
