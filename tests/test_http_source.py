@@ -105,6 +105,16 @@ def test_http_a_server_that_sends_pages_only_is_an_error(server):
         read_all(source, 2, all_xy(2))
 
 
+@pytest.mark.parametrize("kind", ["application/vnd.mapbox-vector-tile", "application/x-protobuf"])
+def test_http_vector_tiles_are_refused(server, kind):
+    server.always["*"] = (200, {"Content-Type": kind}, b"\x1a\x08vector tile")
+    with (
+        http_source(server) as source,
+        pytest.raises(SourceError, match="sends vector tiles, but pictures are needed"),
+    ):
+        read_all(source, 2, all_xy(2))
+
+
 def test_http_placeholders_for_missing_imagery_are_missing(server):
     grey = picture("grey")
     server.always["2/1/1"] = (200, {"Content-Type": "image/png"}, grey)

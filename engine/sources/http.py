@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from geoengine.engine.errors import SourceError
 from geoengine.engine.sources import TileBatch, fingerprint
 from geoengine.engine.sources.cache import Kept, TileCache
 from geoengine.engine.sources.decode import Picture, read_picture
@@ -22,6 +23,7 @@ from geoengine.engine.tiles import Tile, as_xy, bounds_array
 _TILE_SIZE = 256  # until a tile tells
 _LOOKED_UP = 128  # tiles looked for in the cache at a time
 _TEXT_TYPES = ("text/", "application/json", "application/xml", "application/xhtml")
+_VECTOR_TYPES = ("vector-tile", "protobuf")
 _SAME_TEXTS = 3  # a page that comes as often in place of a tile is the server's way to say that it has none
 
 
@@ -145,6 +147,8 @@ class _TileReader:
         if answer.status in MISSING or not data or self._source.is_placeholder(data):
             self._source.keep(self._tile, answer, b"")
             return None
+        if any(kind in answer.headers.get("content-type", "").lower() for kind in _VECTOR_TYPES):
+            raise SourceError(f"{self._source.name}: this server sends vector tiles, but pictures are needed")
         picture = None if _is_text(answer) else read_picture(data)
         if picture is not None:
             self._source.has_pictures = True
