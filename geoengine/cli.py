@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from geoengine.commands import build_engines, doctor, evaluate, index, locate, tiles, train
+from geoengine.commands import build_engines, doctor, evaluate, index, locate, prepare, tiles, train
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command()(doctor.doctor)
 app.add_typer(index.app, name="index")
 app.command()(evaluate.evaluate)
 app.add_typer(tiles.app, name="tiles")
+app.add_typer(prepare.app, name="prepare")
 app.add_typer(train.app, name="train")
 
 

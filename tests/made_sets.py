@@ -4,7 +4,9 @@ import io
 import json
 import tarfile
 
+import numpy as np
 from made_photos import encoded, scene
+from PIL import Image
 
 
 def jpeg(shade=0, size=(24, 32)):
@@ -29,3 +31,10 @@ def write_tar(path, samples):
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return path
+
+
+def distinct_photo(seed, *, height=96, width=128, quality=90, **options):
+    """A JPEG file that looks unlike those of other seeds, and like those of this seed in other sizes."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    return encoded(image, "JPEG", quality=quality, **options)

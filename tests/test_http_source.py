@@ -100,7 +100,7 @@ def test_http_pages_of_some_tiles_mean_that_there_are_no_pictures(server):
 
 def test_http_a_server_that_sends_pages_only_is_an_error(server):
     server.always["*"] = PAGE
-    message = "the tile server fails: it sent a page of text in place of a picture, 3 times, when asked for"
+    message = "the server fails: it sent a page of text in place of a picture, 3 times, when asked for"
     with http_source(server, attempts=8) as source, pytest.raises(SourceError, match=message):
         read_all(source, 2, all_xy(2))
 
@@ -148,7 +148,7 @@ def test_http_does_not_wait_longer_than_it_may(server):
 def test_http_server_that_always_fails(server):
     server.always["*"] = 500
     with http_source(server) as source:
-        message = r"the tile server fails: it answered HTTP 500, 3 times, when asked for tile 4/\d+/\d+"
+        message = r"the server fails: it answered HTTP 500, 3 times, when asked for tile 4/\d+/\d+"
         with pytest.raises(SourceError, match=message):
             read_all(source, 4, all_xy(4))
         assert len(server.requests) < 3 * 64  # it gave up early
@@ -213,9 +213,7 @@ def test_http_nobody_there(server):
             )
         )
     ) as source:
-        message = (
-            r"^http://127\.0\.0\.1:9/{z}/{x}/{y}\.png: the tile server fails: it cannot be reached, 3 times"
-        )
+        message = r"^http://127\.0\.0\.1:9/{z}/{x}/{y}\.png: the server fails: it cannot be reached, 3 times"
         with pytest.raises(SourceError, match=message):
             read_all(source, 4, all_xy(4))
 

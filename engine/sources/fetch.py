@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import email.utils
 import importlib.util
 import logging
@@ -14,7 +15,7 @@ import threading
 import time
 import urllib.request
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -47,15 +48,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server answered; header names are in lower case."""
+    """What a server answered, and at which address; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
+    url: str = ""
 
 
 class UnusableError(Exception):
     """An answer that is not what was asked for, and may be the next time."""
+
+
+class RefusedError(SourceError):
+    """A server will not answer this request, however often it is asked; `status` is what it said."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Call:
@@ -81,12 +91,12 @@ class Call:
             self._in_a_row += 1
             self._last = f"{reason}, when asked for {what}"
             if self._in_a_row >= _FAILURES_IN_A_ROW:
-                raise SourceError(f"{self._name}: the tile server fails: {self._last}")
+                raise SourceError(f"{self._name}: the server fails: {self._last}")
 
     def finish(self) -> None:
         """Warn once of the tiles that failed; raises SourceError when all did."""
         if self._failures and not self._answers:
-            raise SourceError(f"{self._name}: the tile server fails: {self._last}")
+            raise SourceError(f"{self._name}: the server fails: {self._last}")
         if self._failures:
             _log.warning("%s: %d tiles count as missing: %s", self._name, self._failures, self._last)
 
@@ -125,6 +135,11 @@ class Fetcher:
         for connection in self._connections:
             connection.close()
         self._without_keys.stop()
+
+    def slow_down(self, rate_per_s: float) -> None:
+        """Ask no more often than that from now on."""
+        slowest = min(self._description.rate_per_s or rate_per_s, rate_per_s)
+        self._description = dataclasses.replace(self._description, rate_per_s=slowest)
 
     def get(
         self,
@@ -166,10 +181,10 @@ class Fetcher:
                 reason = f"it answered HTTP {answer.status}"
                 asked_wait_s, busy = self._asked_wait_s(answer), answer.status in _BUSY
             else:
-                raise SourceError(self._refusal(answer.status, what))
+                raise RefusedError(self._refusal(answer.status, what), answer.status)
             if not (self._answered or busy) and attempt + 1 >= min(_FIRST_ATTEMPTS, most):
                 tries = f"{reason}, {attempt + 1} times, when asked for {what}"
-                raise SourceError(f"{self._template.shown}: the tile server fails: {tries}")
+                raise SourceError(f"{self._template.shown}: the server fails: {tries}")
         call.failed(what, f"{reason}, {most} times")
         return None
 
@@ -208,15 +223,17 @@ class Fetcher:
                 extensions={"timeout": self._timeout},
             )
             with closing(connection.handle_request(request)) as response:
-                found = {name.decode().lower(): value.decode("latin-1") for name, value in response.headers}
+                found: dict[str, str] = {}
+                for name, value in _decoded(response.headers):
+                    found[name] = f"{found[name]}, {value}" if name in found else value
                 if response.status == 200 and "Range" in headers:
                     return Answer(200, found, b"")  # the whole file, which nobody wants
                 if response.status not in _REDIRECTS or "location" not in found:
-                    return self._answer(response, found)
+                    return self._answer(response, found, url)
             url = urljoin(url, found["location"])
         return "it redirects without end"
 
-    def _answer(self, response: httpcore.Response, headers: Mapping[str, str]) -> Answer | str:
+    def _answer(self, response: httpcore.Response, headers: Mapping[str, str], url: str) -> Answer | str:
         """Read the body, but not for ever."""
         late = time.monotonic() + 3 * self._description.read_timeout_s
         parts, length = [], 0
@@ -227,7 +244,7 @@ class Fetcher:
                 return "its answer has no end"
             if time.monotonic() > late:
                 return "it did not answer in time"
-        return Answer(response.status, headers, b"".join(parts))
+        return Answer(response.status, headers, b"".join(parts), url)
 
     def _backoff_s(self, attempt: int) -> float:
         """Seconds to wait before an attempt; spread, so that the threads do not come back all at once."""
@@ -341,6 +358,10 @@ def _encoded(headers: Mapping[str, str], host: str, content: bytes | None) -> li
     sent = [(b"Host", host.encode("idna" if not host.isascii() else "ascii"))]
     sent += [(name.encode(), value.encode()) for name, value in headers.items()]
     return sent if content is None else [*sent, (b"Content-Length", str(len(content)).encode())]
+
+
+def _decoded(headers: Sequence[tuple[bytes, bytes]]) -> Iterator[tuple[str, str]]:
+    return ((name.decode().lower(), value.decode("latin-1")) for name, value in headers)
 
 
 def _proxy_of(template: UrlTemplate) -> httpcore.Proxy | None:

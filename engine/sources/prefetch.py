@@ -45,7 +45,7 @@ class Prefetch:
     def __init__(
         self, parts: Sequence[Part], zooms: Sequence[int], tiles: Callable[[int], XyArray], out: Path
     ) -> None:
-        self.description = _server(parts, zooms)
+        self.description = server_of(parts, zooms)
         self.out = out
         if out.suffix.lower() != ".mbtiles":
             raise SourceError(f"{out}: a pack is an MBTiles file: give it a name that ends in .mbtiles")
@@ -103,7 +103,8 @@ class Prefetch:
         return open_server(self.description, pack=self.out)
 
 
-def _server(parts: Sequence[Part], zooms: Sequence[int]) -> SourceDescription:
+def server_of(parts: Sequence[Part], zooms: Sequence[int]) -> SourceDescription:
+    """Return the one server that has all zooms and may be asked for many tiles; raises SourceError."""
     asked = [part for part in parts if any(part.min_zoom <= zoom <= part.max_zoom for zoom in zooms)]
     if not asked:
         raise SourceError("the source has none of these zooms")

@@ -106,12 +106,18 @@ def fetch(
     zooms = parse_levels(zoom)
     with waiting("counting tiles"):
         prefetch = Prefetch(parts_of(tiles), zooms, lambda z: _tiles(z, within, land), out)
+    fetch_after_asking(prefetch, yes=yes)
+    write_result(f"{out}: {prefetch.total} tiles, {out.stat().st_size / 1e6:.1f} MB\n")
+
+
+def fetch_after_asking(prefetch: Prefetch, *, yes: bool) -> None:
+    """Say how much there is to fetch and under which terms, ask unless `yes`, and fetch it."""
     with waiting("fetching a few tiles for the estimate"):
         estimate = prefetch.estimate()
     left = estimate.tiles - estimate.known
     complain(
         f"{estimate.tiles} tiles, {left} to fetch: about {estimate.bytes / 1e6:.1f} MB "
-        f"and {_duration(estimate.seconds)}"
+        f"and {duration(estimate.seconds)}"
     )
     for label, text in (("terms", prefetch.description.terms), ("credit", prefetch.description.attribution)):
         if text:
@@ -119,7 +125,6 @@ def fetch(
     if left and not yes:
         _ask()
     _run(prefetch)
-    write_result(f"{out}: {prefetch.total} tiles, {out.stat().st_size / 1e6:.1f} MB\n")
 
 
 def _tiles(z: int, within: str | None, land: bool) -> XyArray:
@@ -146,11 +151,12 @@ def _run(prefetch: Prefetch) -> None:
         for zoom, done in prefetch.run():
             first = done if first is None else first
             rate = (done - first) / max(time.monotonic() - start, 1e-3)
-            left = f", {_duration((prefetch.total - done) / rate)} left" if rate else ""
+            left = f", {duration((prefetch.total - done) / rate)} left" if rate else ""
             show(f"zoom {zoom}, {rate:.0f} tiles/s{left}", done, prefetch.total)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a duration as people say it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

@@ -1,0 +1,499 @@
+"""Preparing a data set from a list of photos: what is fetched, kept, split, and gone on with after a kill."""
+
+import csv
+import gc
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_photos import GPS, MODEL, ORIENTATION
+from made_sets import distinct_photo, write_table, write_tar
+from PIL import Image
+from tile_server import Server
+from typer.testing import CliRunner
+
+from geoengine.cli import app
+from geoengine.engine.photo_sets import PhotoSetError, open_photo_set
+from geoengine.engine.render.files import OutputError
+from geoengine.training.mp16.hosts import Politeness, forbidding
+from geoengine.training.mp16.job import PrepareConfig, PrepareJob
+from geoengine.training.mp16.names import Split, key_of, names_of, split_of
+
+FAST = Politeness(rate_per_s=2000.0, attempts=3, backoff_s=0.01, longest_wait_s=2.0, read_timeout_s=1.0)
+HEAD = "IMG_ID,AUTHOR,LAT,LON,url\n"
+
+
+@pytest.fixture
+def server():
+    import threading
+
+    made = Server()
+    made.always["robots"] = 404
+    threading.Thread(target=made.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+def listed(server, tmp_path, count, first=0):
+    """A table of photos on the server, each by an uploader of its own."""
+    rows = []
+    for n in range(first, first + count):
+        server.files[f"/p/{n}.jpg"] = distinct_photo(n)
+        rows.append(f"p/{n}.jpg,ann{n},{n % 80},{n % 170},{server.address}/p/{n}.jpg")
+    return write_table(tmp_path / "list.csv", HEAD + "\n".join(rows) + "\n")
+
+
+def prepared(table, out, **options):
+    """Run a job to its end; returns the outcomes, and how many photos wait."""
+    job = PrepareJob(PrepareConfig(metadata=str(table), politeness=FAST, **options), out)
+    try:
+        job.survey()
+        job.read_held_out()
+        for _ in job.run():
+            pass
+        left = job.finish()
+        return {outcome.value: count for outcome, count in job.ledger.outcomes().items()}, left
+    finally:
+        job.close()
+
+
+def photos_of(out):
+    """All kept photos: {id: (split, metadata, JPEG)}."""
+    found = {}
+    for split in Split:
+        for tar in sorted((out / split).glob("*.tar")):
+            with tarfile.open(tar) as opened:
+                files = {member.name: opened.extractfile(member).read() for member in opened}
+            for name in files:
+                if name.endswith(".json"):
+                    metadata = json.loads(files[name])
+                    found[metadata["id"]] = (split, metadata, files[name.replace(".json", ".jpg")])
+    return found
+
+
+def tree(out):
+    """Every file but the ledger, by path."""
+    files = (path for path in out.rglob("*") if path.is_file() and "sqlite" not in path.name)
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def dropped(out):
+    with (out / "dropped.csv").open(newline="") as file:
+        return {row["id"]: (row["outcome"], row["reason"]) for row in csv.DictReader(file)}
+
+
+# --- what is kept ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_photos_become_shards_that_others_can_read(server, tmp_path):
+    import webdataset
+
+    outcomes, left = prepared(listed(server, tmp_path, 30), tmp_path / "out", shard_size=10)
+    assert (outcomes, left) == ({"kept": 30}, 0)
+    found = photos_of(tmp_path / "out")
+    split, metadata, jpeg = found["p/7.jpg"]
+    assert split == split_of("ann7", "p/7.jpg")
+    assert metadata == {
+        "latitude": 7.0,
+        "longitude": 7.0,
+        "author": "ann7",
+        "id": "p/7.jpg",
+        "url": f"{server.address}/p/7.jpg",
+        "width": 128,
+        "height": 96,
+    }
+    assert Image.open(io.BytesIO(jpeg)).size == (128, 96)
+    splits = json.loads((tmp_path / "out" / "splits.json").read_text())
+    assert {name: part["photos"] for name, part in splits["splits"].items()} == {
+        split: sum(kept[0] == split for kept in found.values()) for split in Split
+    }
+    assert splits["splits"]["train"]["shards"][:2] == ["train/000000.tar", "train/000001.tar"]
+    assert splits["outcomes"] == {"kept": 30}
+    shards = [str(tmp_path / "out" / shard) for shard in splits["splits"]["train"]["shards"]]
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False)]
+    gc.collect()  # it leaves closing its files to that
+    photo_set = open_photo_set(tmp_path / "out" / "train", need_place=True)
+    assert [entry.key for entry in photo_set] == keys
+    assert len(keys) == splits["splits"]["train"]["photos"]
+    with (tmp_path / "out" / "train.csv").open(newline="") as file:
+        assert [key_of(row["id"]) for row in csv.DictReader(file)] == keys
+
+
+def test_an_uploader_is_on_one_side(tmp_path):
+    for n in range(50):
+        assert len({split_of(f"ann{n}", f"photo{m}") for m in range(20)}) == 1
+    assert split_of("12@N00", "1") == split_of("12%40N00", "2")
+    alone = [split_of("", f"photo{n}") for n in range(12_000)]
+    assert [alone.count(split) / 1000 for split in Split] == pytest.approx([10, 1, 1], abs=0.1)
+
+
+def test_metadata_is_stripped_and_the_photo_upright(server, tmp_path):
+    exif = Image.Exif()
+    exif[MODEL], exif[ORIENTATION] = "a camera", 6
+    exif[GPS] = {1: "N", 2: (48.0, 51.0, 0.0), 3: "E", 4: (2.0, 21.0, 0.0)}
+    table = listed(server, tmp_path, 1)
+    server.files["/p/0.jpg"] = distinct_photo(0, height=800, width=1200, exif=exif, comment=b"my house")
+    prepared(table, tmp_path / "out", side=100)
+    [(_, metadata, jpeg)] = photos_of(tmp_path / "out").values()
+    image = Image.open(io.BytesIO(jpeg))
+    assert image.size == (metadata["width"], metadata["height"]) == (100, 150)
+    assert not image.getexif()
+    assert b"camera" not in jpeg
+    assert b"my house" not in jpeg
+
+
+def test_duplicates_are_dropped_by_content_and_by_looks(server, tmp_path):
+    table = listed(server, tmp_path, 8)
+    server.files["/p/3.jpg"] = server.files["/p/1.jpg"]
+    server.files["/p/5.jpg"] = distinct_photo(2, height=300, width=400, quality=60)
+    outcomes, _ = prepared(table, tmp_path / "out")
+    assert outcomes == {"kept": 6, "duplicate": 2}
+    assert dropped(tmp_path / "out") == {
+        "p/3.jpg": ("duplicate", "it is, or looks, the same as p/1.jpg"),
+        "p/5.jpg": ("duplicate", "it is, or looks, the same as p/2.jpg"),
+    }
+
+
+def test_evaluation_photos_are_kept_out_by_name_and_by_looks(server, tmp_path):
+    held_out = tmp_path / "im2gps"
+    held_out.mkdir()
+    (held_out / "Paris_00012_2345678901_abcdef1234_12_55@N00.jpg").write_bytes(distinct_photo(900))
+    (held_out / "other.jpg").write_bytes(distinct_photo(4, height=240, width=320, quality=50))
+    (tmp_path / "ids.txt").write_text("777777777_0123456789_9_12@N01.jpg\n")
+    rows = [
+        ("34/8d/2345678901.jpg", 1),
+        ("7", 2),
+        ("copy", 4),
+        ("good", 5),
+        ("x_777777777.jpg", 6),
+    ]
+    for _, n in rows:
+        server.files[f"/p/{n}.jpg"] = distinct_photo(n)
+    table = write_table(
+        tmp_path / "list.csv",
+        HEAD + "".join(f"{photo_id},a,1,2,{server.address}/p/{n}.jpg\n" for photo_id, n in rows),
+    )
+    options = {"held_out": (str(held_out), str(tmp_path / "ids.txt"))}
+    outcomes, _ = prepared(table, tmp_path / "out", **options)
+    assert outcomes == {"kept": 2, "evaluation": 3}
+    assert set(photos_of(tmp_path / "out")) == {"7", "good"}
+    assert {path for path in server.tiles_asked() if path.startswith("/p/")} == {
+        f"/p/{n}.jpg" for n in (2, 4, 5)
+    }
+    with pytest.raises(OutputError, match=r"begun with other settings \(--exclude\)"):
+        prepared(table, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("34/8d/9055806529.jpg", {"9055806529"}),
+        ("3f_9c_9698384042.jpg", {"3f_9c_9698384042", "9698384042"}),
+        (
+            "Rome_00007_123456789_0a1b2c3d4e_5_66%40N00.jpg",
+            {"rome_00007_123456789_0a1b2c3d4e_5_66@n00", "123456789"},
+        ),
+        ("http://farm6.example/5466/9055806529_af0311aa02_z.jpg", {"9055806529_af0311aa02_z", "9055806529"}),
+        ("IMG_0001.JPG", {"img_0001"}),
+        ("", set()),
+    ],
+)
+def test_the_names_of_a_flickr_photo(text, names):
+    assert names_of(text) == names
+
+
+# --- where photos come from --------------------------------------------------------------------------------
+
+
+def test_ids_and_addresses_are_joined(server, tmp_path):
+    for n in range(3):
+        server.files[f"/p/{n}.jpg"] = distinct_photo(n)
+    urls = "".join(f"a/b/{n}.jpg,{server.address}/p/{n}.jpg\n" for n in range(2))
+    table = write_table(
+        tmp_path / "places.csv", "IMG_ID,AUTHOR,LAT,LON\na_b_0.jpg,a,1,2\na/b/1.jpg,b,3,4\nc,c,5,6\n"
+    )
+    options = {"urls": str(write_table(tmp_path / "urls.csv", urls))}
+    outcomes, left = prepared(table, tmp_path / "out", **options)
+    assert (outcomes, left) == ({"kept": 2, "failed": 1}, 1)
+    assert dropped(tmp_path / "out") == {"c": ("failed", "it is not here and has no address")}
+
+
+def test_photos_that_are_here_are_not_downloaded(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for n in range(4):
+        (tmp_path / "photos" / f"{n}.jpg").write_bytes(distinct_photo(n))
+    (tmp_path / "photos" / "bad.jpg").write_bytes(distinct_photo(9)[:900])
+    (tmp_path / "photos" / "dot.jpg").write_bytes(distinct_photo(9, height=1, width=1))
+    rows = "".join(f"x/{name}.jpg,a,1,2\n" for name in (*range(4), "bad", "dot"))
+    table = write_table(tmp_path / "list.csv", "image,author,latitude,longitude\n" + rows)
+    outcomes, _ = prepared(table, tmp_path / "out", photos=tmp_path / "photos")
+    assert outcomes == {"kept": 4, "unreadable": 2}
+    reasons = dropped(tmp_path / "out")
+    assert "damaged or cut short" in reasons["x/bad.jpg"][1]
+    assert reasons["x/dot.jpg"][1] == "the photo has only 1 x 1 pixels"
+
+
+def test_tars_and_parquet_files_are_taken_as_they_come(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    samples = {str(n): {"jpg": distinct_photo(n), "json": {"lat": 1, "lon": n}} for n in range(3)}
+    write_tar(tmp_path / "a.tar", samples)
+    columns = {"jpg": [distinct_photo(n) for n in range(3)], "lat": [1.0] * 3, "lon": [2.0] * 3}
+    pq.write_table(pa.table(columns | {"id": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    for name in ("a.tar", "a.parquet"):
+        out = tmp_path / f"out-{name}"
+        assert prepared(tmp_path / name, out) == ({"kept": 3}, 0)
+        assert len(photos_of(out)) == 3
+
+
+def test_only_a_region_and_only_so_many(server, tmp_path):
+    table = listed(server, tmp_path, 40)
+    outcomes, left = prepared(table, tmp_path / "out", within="9.5,-10,19.5,80", limit=4)
+    assert (outcomes["kept"], left) == (4, 0)
+    assert set(photos_of(tmp_path / "out")) == {f"p/{n}.jpg" for n in range(10, 14)}
+    outcomes, _ = prepared(table, tmp_path / "out", within="9.5,-10,19.5,80")
+    assert outcomes["kept"] == 10
+    with pytest.raises(PhotoSetError, match="none of its 40 photos is in the region"):
+        prepared(table, tmp_path / "none", within="-20,-20,-10,-10")
+
+
+# --- servers -----------------------------------------------------------------------------------------------
+
+
+def test_what_servers_answer(server, tmp_path):
+    table = listed(server, tmp_path, 12)
+    picture = server.files["/p/2.jpg"]
+    server.always["p/0"] = 404
+    server.faults["p/1"] = [500, 503]
+    server.faults["p/2"] = [(200, {"Content-Length": str(len(picture) + 9)}, picture)]
+    server.always["p/3"] = (200, {"Content-Type": "text/html"}, b"<html>log in</html>")
+    server.always["p/4"] = (200, {"X-Robots-Tag": "noai"}, distinct_photo(4))
+    server.always["p/5"] = (302, {"Location": "/gone/photo_unavailable_z.png"})
+    server.always["gone/photo_unavailable_z"] = (200, {}, distinct_photo(99))
+    server.always["p/6"] = 500
+    server.always["p/7"] = 403
+    server.faults["p/8"] = [lambda request: time.sleep(1.5)]
+    server.always["p/9"] = 451
+    outcomes, left = prepared(table, tmp_path / "out")
+    assert dropped(tmp_path / "out") == {
+        "p/0.jpg": ("dead", "HTTP 404"),
+        "p/3.jpg": (
+            "unreadable",
+            "the photo: this is not an image of a kind that can be read "
+            "(JPEG, PNG, WebP, TIFF, AVIF, HEIC, GIF, BMP)",
+        ),
+        "p/4.jpg": ("refused", "X-Robots-Tag: noai"),
+        "p/5.jpg": ("dead", "the host shows that the photo is gone"),
+        "p/6.jpg": ("failed", "the server fails"),
+        "p/7.jpg": ("failed", "HTTP 403"),
+        "p/9.jpg": ("dead", "HTTP 451"),
+    }
+    assert (outcomes["kept"], left) == (5, 2)
+    asked = server.tiles_asked()
+    assert (asked["/p/0.jpg"], asked["/p/4.jpg"], asked["/p/9.jpg"]) == (1, 1, 1)
+    assert asked["/robots.txt"] == 1
+    del server.always["p/6"], server.always["p/7"]
+    outcomes, left = prepared(table, tmp_path / "out")
+    assert (outcomes["kept"], left) == (7, 0)
+    assert server.tiles_asked()["/p/0.jpg"] == 1
+
+
+def test_retry_after_is_honoured(server, tmp_path):
+    table = listed(server, tmp_path, 3)
+    server.faults["p/0"] = [(429, {"Retry-After": "1"})]
+    start = time.monotonic()
+    assert prepared(table, tmp_path / "out", workers=1) == ({"kept": 3}, 0)
+    assert time.monotonic() - start >= 1
+    gaps = [after - before for before, after in zip(server.times[1:], server.times[2:], strict=False)]
+    assert max(gaps) >= 0.99
+
+
+def test_a_host_that_asks_for_a_long_wait_is_left_alone(server, tmp_path):
+    table = listed(server, tmp_path, 20)
+    server.always["*"] = (429, {"Retry-After": formatdate(time.time() + 3600, usegmt=True)})
+    server.always["p/0"] = (200, {}, server.files["/p/0.jpg"])
+    job = PrepareJob(PrepareConfig(metadata=str(table), politeness=FAST, workers=2), tmp_path / "out")
+    job.survey()
+    list(job.run())
+    assert job.finish() == 19
+    [(host, reason)] = job.left_alone.items()
+    job.close()
+    assert host == server.address
+    assert "the server asks to wait for 3" in reason
+    assert len(server.requests) <= 5
+    server.always = {"robots": 404}
+    assert prepared(table, tmp_path / "out") == ({"kept": 20}, 0)
+
+
+def test_a_host_that_refuses_everything_is_left_alone(server, tmp_path):
+    table = listed(server, tmp_path, 40)
+    server.always["*"] = 403
+    outcomes, left = prepared(table, tmp_path / "out", workers=1)
+    assert (outcomes["kept"], outcomes["failed"], left) == (0, 7, 40)
+    assert len(server.requests) == 9
+    assert json.loads((tmp_path / "out" / "splits.json").read_text())["left"] == 40
+
+
+def test_robots_txt_is_obeyed(server, tmp_path):
+    rules = b"User-agent: geoengine\nDisallow: /p/1\nCrawl-delay: 0.2\n\nUser-agent: *\nDisallow: /\n"
+    table = listed(server, tmp_path, 4)
+    server.always["robots"] = (200, {}, rules.replace(b"0.2", b"1"))
+    start = time.monotonic()
+    outcomes, _ = prepared(table, tmp_path / "out")
+    assert outcomes == {"kept": 3, "refused": 1}
+    assert "/p/1.jpg" not in server.tiles_asked()
+    assert time.monotonic() - start >= 2
+
+
+def test_the_rate_holds_for_each_host(server, tmp_path):
+    table = listed(server, tmp_path, 6)
+    start = time.monotonic()
+    config = PrepareConfig(metadata=str(table), politeness=Politeness(rate_per_s=10.0))
+    job = PrepareJob(config, tmp_path / "out")
+    list(job.run())
+    job.close()
+    assert time.monotonic() - start >= 0.55
+
+
+@pytest.mark.parametrize(
+    ("headers", "found"),
+    [
+        ({"x-robots-tag": "noai"}, "X-Robots-Tag: noai"),
+        ({"x-robots-tag": "nofollow, NoImageAI"}, "X-Robots-Tag: noimageai"),
+        ({"x-robots-tag": "geoengine: noindex"}, "X-Robots-Tag: noindex"),
+        ({"x-robots-tag": "otherbot: noai"}, ""),
+        ({"x-robots-tag": "all"}, ""),
+        ({"tdm-reservation": "1"}, "TDM-Reservation: 1"),
+        ({"tdm-reservation": "0"}, ""),
+        ({}, ""),
+    ],
+)
+def test_headers_that_forbid_training(headers, found):
+    assert forbidding(headers) == found
+
+
+# --- interruptions -----------------------------------------------------------------------------------------
+
+
+def test_a_job_killed_again_and_again_gives_the_same_data_set(server, tmp_path):
+    table = listed(server, tmp_path, 40)
+    server.files["/p/31.jpg"] = server.files["/p/3.jpg"]
+    server.always["p/17"] = 404
+    prepared(table, tmp_path / "whole", shard_size=7)
+    script = Path(__file__).with_name("kill_prepare.py")
+    command = [sys.executable, script, table, tmp_path / "out", "1", "13", "27"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * 3 + ["0"]
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_shard_that_the_ledger_does_not_know_is_written_again(server, tmp_path, monkeypatch):
+    table = listed(server, tmp_path, 20)
+    prepared(table, tmp_path / "whole", shard_size=5)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("geoengine.training.mp16.ledger.Ledger.sharded", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(table, tmp_path / "out", shard_size=5)
+    assert prepared(table, tmp_path / "out", shard_size=5) == ({"kept": 20}, 0)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_two_runs_at_once_are_refused(server, tmp_path):
+    table = listed(server, tmp_path, 1)
+    job = PrepareJob(PrepareConfig(metadata=str(table)), tmp_path / "out")
+    with pytest.raises(OutputError, match="another run is writing there"):
+        PrepareJob(PrepareConfig(metadata=str(table)), tmp_path / "out")
+    job.close()
+
+
+def test_a_full_disk_ends_the_run_and_not_the_job(server, tmp_path, monkeypatch):
+    table = listed(server, tmp_path, 20)
+    prepared(table, tmp_path / "whole", shard_size=5)
+
+    def full(_):
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OutputError, match=r"000000\.tar: cannot be written \(No space left on device\)"):
+            prepared(table, tmp_path / "out", shard_size=5)
+    assert not list(tmp_path.glob("out/*/*"))
+    prepared(table, tmp_path / "out", shard_size=5)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["prepare", "mp16", *map(str, arguments)])
+
+
+def test_the_command_fetches_photos_and_their_tiles(server, tmp_path):
+    table = listed(server, tmp_path, 5)
+    source = write_table(
+        tmp_path / "tiles.toml",
+        f'[[source]]\ntemplate = "{server.address}/t/{{z}}/{{x}}/{{y}}.png"\nprefetch = true\n',
+    )
+    done = run(table, "--out", tmp_path / "out", "--rate", 2000, "--tiles", source, "--yes")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'out'}\n"
+    assert "5 photos listed, 5 wanted, 0 of them here" in done.stderr
+    assert "no evaluation photos are kept out: name those of IM2GPS" in done.stderr
+    assert "5 kept; dropped.csv says why" in done.stderr
+    from geoengine.engine.sources.mbtiles import MBTilesSource
+    from geoengine.engine.tiles import LEVELS, xy_at
+
+    pack = MBTilesSource(tmp_path / "out" / "tiles.mbtiles")
+    for z in LEVELS:
+        xy = xy_at(np.arange(5), np.arange(5), z)
+        assert sum(len(batch.positions) for batch in pack.read(z, xy)) == 5
+    pack.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,lat\n1,2\n", "no column for the longitude"),
+        ("id,lat,lon,url\n1,2,3,u\n2,120,3,u\n", "row 3: the latitude 120 .* swapped"),
+        ("id,lat,lon\n1,2,3\n", "none of its photos is here or has an address: give --photos"),
+    ],
+)
+def test_what_is_wrong_with_a_list(tmp_path, text, message):
+    import re
+
+    done = run(write_table(tmp_path / "t.csv", text), "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_the_command_refuses(server, tmp_path):
+    table = listed(server, tmp_path, 1)
+    template = f"{server.address}/{{z}}/{{x}}/{{y}}.png"
+    assert (
+        "allows its tiles to be fetched in bulk"
+        in run(table, "--out", tmp_path / "o", "--tiles", template).stderr
+    )
+    assert "must be at least 1" in run(table, "--out", tmp_path / "o", "--side", 0).stderr
+    assert "more than 0 requests" in run(table, "--out", tmp_path / "o", "--rate", 0).stderr
+    assert "there is no such file" in run(tmp_path / "gone.csv", "--out", tmp_path / "o").stderr
+    (tmp_path / "file").write_text("")
+    assert "the folder cannot be made" in run(table, "--out", tmp_path / "file").stderr
