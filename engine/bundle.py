@@ -101,6 +101,11 @@ class EngineBundle:
         """The variants that the bundle has."""
         return tuple(self.manifest.graphs)
 
+    @property
+    def has_geoclip(self) -> bool:
+        """Whether there is a GeoCLIP in it, or it is one; `geoclip` checks whether it is whole."""
+        return self.manifest.geoclip is not None or (self.path / GEOCLIP / MANIFEST).is_file()
+
     def geoclip(self) -> EngineBundle | None:
         """Return GeoCLIP's bundle: this one, the one inside it, or None; raises as `open` does."""
         if self.manifest.geoclip is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias, Union
@@ -18,6 +20,8 @@ from geoengine.engine.backends import GPU_BACKENDS, Backend, open_backend
 from geoengine.engine.bundle import EngineBundle, resolve_bundle
 from geoengine.engine.calibration import Calibration, RadiusFit
 from geoengine.engine.errors import BundleError, SourceError, TileError
+from geoengine.engine.geoclip import GeoClip, TwoSquares, no_map_encoders
+from geoengine.engine.geoclip.answer import gallery_location
 from geoengine.engine.index.known_rows import KnownRows, RowCache
 from geoengine.engine.index.tile_index import Maker, TileIndex
 from geoengine.engine.manifest import PHOTO, encoder_name, model_name
@@ -26,10 +30,13 @@ from geoengine.engine.preprocess import to_square
 from geoengine.engine.regions import Region, RegionError
 from geoengine.engine.results import Level, Location, Scoring
 from geoengine.engine.scoring.answer import answer, nearest_radius
-from geoengine.engine.scoring.kinds import BEST_TILE, Score
+from geoengine.engine.scoring.evidence import TileEvidence
+from geoengine.engine.scoring.kinds import BEST_TILE, Method, Score
 from geoengine.engine.search import LevelDone, Progress, SearchConfig, levels_of, search
 from geoengine.engine.sources import TileSource, open_source
 from geoengine.engine.sources.decoders import allow_gpu_decoding
+from geoengine.engine.sources.nothing import NO_TILES, NoTiles
+from geoengine.engine.tiles import LngLat
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +54,8 @@ class GeoEngine:
     `GeoEngine.open` is the usual way to make one; a context manager closes the backend and the tile source.
     `index` is an index of some levels' tiles; `row_cache` is a folder in which embeddings of tiles met in
     searches are kept for later ones. Raises BundleError when the encoders know another world than the tiles
-    show, TileIndexError when the index is not of these encoders and these tiles.
+    show, TileIndexError when the index is not of these encoders and these tiles. `geoclip` opens GeoCLIP when
+    it is first needed; None stands for the bundle's.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class GeoEngine:
         *,
         index: TileIndex | None = None,
         row_cache: Path | None = None,
+        geoclip: Callable[[], GeoClip] | None = None,
     ) -> None:
         if bundle.world != source.world:
             raise BundleError(
@@ -69,6 +78,11 @@ class GeoEngine:
         self.backend = backend
         if backend.name in GPU_BACKENDS:
             allow_gpu_decoding()
+        self._open_geoclip = geoclip or partial(GeoClip.open, bundle, cache=row_cache)
+        if bundle.manifest.geoclip is not None:
+            self._open_geoclip = partial(GeoClip, bundle, backend, cache=row_cache)
+        self._geoclip: GeoClip | None = None
+        self._opening = threading.Lock()
         self.known: KnownRows | None = None
         if index is not None:
             index.check_fits(bundle, source)
@@ -94,17 +108,15 @@ class GeoEngine:
 
         `bundle` is a folder, "planet", or None for what `resolve_bundle` finds; `tiles` is what `open_source`
         takes, or an open source, which the engine then owns. Without `tiles`, a bundle of the built-in planet
-        gets the planet's tiles, and one of Earth raises SourceError. `backend`, `precision` and
-        `threads` are those of `open_backend`. `index` is the folder of a tile index; `row_cache` is as above.
+        gets the planet's tiles, one of Earth with GeoCLIP locates by `Method.geoclip` only, and any other
+        raises SourceError. `backend`, `precision` and `threads` are those of `open_backend`, for GeoCLIP too.
+        `index` is the folder of a tile index; `row_cache` is as above.
         """
         opened = EngineBundle.open(resolve_bundle(bundle))
         if tiles is None:
-            if opened.world != "planet":
-                raise SourceError(
-                    "no tile source given: name a URL template with {z}, {x} and {y}, an .mbtiles or "
-                    ".pmtiles file, or a folder"
-                )
-            tiles = "planet"
+            if opened.world != "planet" and not opened.has_geoclip:
+                raise SourceError(NO_TILES)
+            tiles = "planet" if opened.world == "planet" else NoTiles(opened.world)
         with ExitStack() as undo:
             if isinstance(tiles, str):
                 source = open_source(tiles)
@@ -114,7 +126,12 @@ class GeoEngine:
             opened_backend = open_backend(opened, backend=backend, precision=precision, threads=threads)
             undo.callback(opened_backend.close)
             opened_index = None if index is None else TileIndex(Path(index))
-            engine = cls(opened, source, opened_backend, index=opened_index, row_cache=row_cache)
+            geoclip = partial(
+                GeoClip.open, opened, backend=backend, precision=precision, threads=threads, cache=row_cache
+            )
+            engine = cls(
+                opened, source, opened_backend, index=opened_index, row_cache=row_cache, geoclip=geoclip
+            )
             undo.pop_all()
         return engine
 
@@ -131,6 +148,15 @@ class GeoEngine:
         with ExitStack() as stack:
             stack.callback(self.source.close)
             stack.callback(self.backend.close)
+            if self._geoclip is not None:
+                stack.callback(self._geoclip.close)
+
+    def geoclip(self) -> GeoClip:
+        """Return the bundle's GeoCLIP, which is opened once; raises BundleError when there is none."""
+        with self._opening:
+            if self._geoclip is None:
+                self._geoclip = self._open_geoclip()
+            return self._geoclip
 
     def locate(
         self,
@@ -143,20 +169,27 @@ class GeoEngine:
         """Return where each photo may have been taken, in the order of the photos.
 
         Photos of one call share the tiles that they have in common, and each result is the one that the photo
-        would have got alone. `progress` and `on_level` are called as `Progress` and `LevelDone` say.
+        would have got alone. `progress` and `on_level` are called as `Progress` and `LevelDone` say; with
+        `Method.geoclip`, which has no levels, they are not.
 
         Raises PhotoError for a photo that cannot be read (use `read_photo` first to go on with the others),
-        TileError for a level without an encoder, and what the source, the backend and the callbacks raise.
+        TileError for a level without an encoder, BundleError for a method that needs a GeoCLIP that is not
+        there, and what the source, the backend and the callbacks raise.
         """
         if isinstance(photos, str | bytes | os.PathLike | np.ndarray | Photo):
             raise TypeError(f"locate takes a list of photos, got one {type(photos).__name__}")
-        self._check_levels(config.levels)
         self.check_region(config.within)
+        if not config.method.searches:
+            return self._locate_in_gallery(photos, config)
+        self._check_levels(config.levels)
+        if isinstance(self.source, NoTiles):
+            raise SourceError(NO_TILES)
         calibration = self.bundle.calibration or Calibration.assumed(self.bundle.manifest)
         config = self.resolved(config)
         start = time.perf_counter()
-        read = [self.prepare(photo) for photo in photos]
+        read = [self.prepare(photo, method=config.method) for photo in photos]
         embeddings = self.embed_photos(read)
+        evidence, joined = self._said_by_geoclip(read, config)
         found = search(
             embeddings,
             self.source,
@@ -164,6 +197,8 @@ class GeoEngine:
             config,
             known=self.known,
             calibration=calibration,
+            evidence=evidence,
+            joined=joined,
             progress=progress,
             on_level=on_level,
         )
@@ -174,29 +209,71 @@ class GeoEngine:
         ]
 
     def resolved(self, config: SearchConfig) -> SearchConfig:
-        """Return a configuration whose score is chosen: that of the bundle where it was None."""
-        if config.score is not None:
+        """Return a configuration whose score is chosen: that of the bundle where it was None.
+
+        Fusion is of the path score, and GeoCLIP alone has none.
+        """
+        if config.score is not None or not config.method.searches:
             return config
         calibration = self.bundle.calibration
-        fitted = calibration is not None and calibration.fitted
-        return replace(config, score=Score.path if fitted else Score.paper)
+        of_path = (calibration is not None and calibration.fitted) or config.method is Method.fused
+        return replace(config, score=Score.path if of_path else Score.paper)
 
-    def prepare(self, photo: PhotoSource) -> Photo:
-        """Read a photo and keep only the square that the encoder sees: many that wait stay small."""
+    def _locate_in_gallery(self, photos: Sequence[PhotoSource], config: SearchConfig) -> list[Location]:
+        """Answer with points of GeoCLIP's gallery, without a tile."""
+        start = time.perf_counter()
+        geoclip = self.geoclip()
+        read = [self.prepare(photo, method=config.method) for photo in photos]
+        found = geoclip.best(geoclip.embed(read), config.top, within=config.within)
+        seconds = (time.perf_counter() - start) / max(1, len(read))
+        return [
+            gallery_location(photo.name, matches, geoclip, config, seconds)
+            for photo, matches in zip(read, found, strict=True)
+        ]
+
+    def _said_by_geoclip(
+        self, photos: Sequence[Photo], config: SearchConfig
+    ) -> tuple[tuple[TileEvidence, ...], list[LngLat | None] | None]:
+        """Return GeoCLIP's evidence and its best points; a search's method asks for one of them or none."""
+        if not config.method.asks_geoclip:
+            return (), None
+        geoclip = self.geoclip()
+        embeddings = geoclip.embed(photos)
+        if config.method is Method.fused:
+            return (geoclip.evidence(embeddings),), None
+        best = geoclip.best(embeddings, 1, within=config.within)
+        return (), [LngLat(*matches.points[0].tolist()) for matches in best]
+
+    def prepare(self, photo: PhotoSource, *, method: Method = Method.tiles) -> Photo:
+        """Read a photo and keep only the squares that encoders see: many that wait stay small.
+
+        They are those of the encoders that `method` asks.
+        """
         whole = photo if isinstance(photo, Photo) else read_photo(photo)
+        if isinstance(whole, TwoSquares):
+            return whole
         size, mode = self.bundle.image_size, self.bundle.manifest.resize_mode
-        return Photo(whole.name, to_square(whole.pixels, size, mode))
+        if not method.asks_geoclip:
+            return Photo(whole.name, to_square(whole.pixels, size, mode))
+        other = self.geoclip().bundle
+        square = self.geoclip().square(whole)
+        if not method.searches or (other.image_size, other.manifest.resize_mode) == (size, mode):
+            return Photo(whole.name, square)
+        return TwoSquares(whole.name, to_square(whole.pixels, size, mode), square)
 
     def embed_photos(self, photos: Sequence[Photo]) -> NDArray[np.float32]:
         """Return the photo encoder's unit embeddings, float32[n, d], in the order of the photos."""
+        size, mode = self.bundle.image_size, self.bundle.manifest.resize_mode
         embeddings = np.empty((len(photos), self.bundle.embed_dim), dtype=np.float32)
         for start in range(0, len(photos), _PHOTO_CHUNK):
             chunk = photos[start : start + _PHOTO_CHUNK]
-            squares = np.stack([self.prepare(photo).pixels for photo in chunk])
+            squares = np.stack([to_square(photo.pixels, size, mode) for photo in chunk])
             embeddings[start : start + len(chunk)] = self.backend.encode(PHOTO, squares)
         return embeddings
 
     def _check_levels(self, levels: Sequence[int]) -> None:
+        if not self.bundle.levels:
+            raise BundleError(no_map_encoders(self.bundle))
         unknown = [zoom for zoom in levels if zoom not in self.bundle.levels]
         if unknown:
             known = ", ".join(map(str, self.bundle.levels))
@@ -246,11 +323,12 @@ class GeoEngine:
             k=config.k,
             tiles=self.source.name,
             attribution=self.source.attribution,
-            model=model_name(manifest),
+            model=self._model(config),
             seconds=seconds,
             within="" if config.within is None else config.within.name,
             left_out=tuple(sorted(set(config.levels) - set(self._levels(config)))),
             scoring=Scoring(
+                method=str(config.method),
                 score=str(config.score),
                 calibrated=of_path and calibration.fitted,
                 centred=config.centred,
@@ -263,7 +341,14 @@ class GeoEngine:
             radii_km=found.radii_km,
         )
 
+    def _model(self, config: SearchConfig) -> str:
+        own = model_name(self.bundle.manifest)
+        if not config.method.asks_geoclip:
+            return own
+        return f"{own} with {model_name(self.geoclip().bundle.manifest)}"
+
     def _as_calibrated(self, config: SearchConfig, radius: RadiusFit, last: Level) -> bool:
         """Whether a search is of the kind whose radii were fitted."""
         plain = config.quota is None and config.prior is None and config.objective == BEST_TILE
+        plain = plain and config.method is Method.tiles
         return plain and config.k == radius.k and last.zoom == self.bundle.levels[-1]

@@ -69,11 +69,12 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One possible answer: a tile of the last level.
+    """One possible answer: a tile of the last level, or a point of GeoCLIP's gallery and the tile around it.
 
-    `rank` counts from 1. `point` is the centre of `tile` in degrees. `score` is the tile's score at its
-    level. `share` is the candidate's part of a softmax over the last level's beam, 0 to 1; it compares
-    candidates with each other and says nothing of places that the search has dropped.
+    `rank` counts from 1. `point`, in degrees, is the centre of `tile` or the gallery's point. `score` is the
+    tile's score at its level, or the point's. `share` is the candidate's part of a softmax over the last
+    level's beam, or over the gallery, 0 to 1; it compares candidates with each other and says nothing of
+    places that the search has dropped.
     `path` runs from the coarsest level to the candidate itself, each tile containing the next; a level that
     was searched and did not score the tile that contains the candidate is left out.
     """
@@ -100,13 +101,16 @@ class ExifComparison:
 class Scoring:
     """How a search ranked its tiles and chose its answer.
 
-    `score` is "paper" (the level's cosine) or "path" (log-probabilities along the path), `calibrated`
-    whether the path score's temperatures and weights were fitted, `centred` whether the mean of a level's
-    embeddings was subtracted from each. `quota` is the most children of one parent in a beam, None for any
-    number. `objective` is "best-tile" or the radius, such as "25km", within which the answer holds most
-    probability. `prior` names how likely photos were taken to be anywhere, "" for everywhere alike.
+    `method` is "tiles", "geoclip" (points of a gallery in place of tiles), "joined" or "fused" (both).
+    `score` is "paper" (the level's cosine), "path" (log-probabilities along the path) or, of method geoclip,
+    "gallery" (the cosine of photo and point). `calibrated` says whether the path score's
+    temperatures and weights were fitted, `centred` whether the mean of a level's embeddings was subtracted
+    from each. `quota` is the most children of one parent in a beam, None for any number. `objective` is
+    "best-tile" or the radius, such as "25km", within which the answer holds most probability. `prior` names
+    how likely photos were taken to be anywhere, "" for everywhere alike.
     """
 
+    method: str = "tiles"
     score: str = "paper"
     calibrated: bool = False
     centred: bool = False
@@ -118,6 +122,8 @@ class Scoring:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Location:
     """Where a photo may have been taken.
+
+    What method geoclip finds has no `levels`, `tiles` or `attribution`, and its shares are of the gallery.
 
     `photo` is the name of the photo; its pixels are not kept. `world` is "earth", or "planet" for the
     built-in demo world. `point` (degrees) and `score` are those of the first candidate. `candidates` are

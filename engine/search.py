@@ -19,7 +19,7 @@ from geoengine.engine.regions import Region
 from geoengine.engine.regions.box import searched_area
 from geoengine.engine.results import Level, ScoredTile
 from geoengine.engine.scoring.evidence import TileEvidence
-from geoengine.engine.scoring.kinds import BEST_TILE, Objective, Score
+from geoengine.engine.scoring.kinds import BEST_TILE, Method, Objective, Score
 from geoengine.engine.scoring.ranking import Observer, Ranking, Rules
 from geoengine.engine.sources import TileSource
 from geoengine.engine.tiles import LEVELS, LngLat, Tile, all_xy, descendants_xy, parent, tile_count
@@ -43,6 +43,8 @@ class SearchConfig:
     `quota` children of one parent, None for any number, while there are others. With `centred`, the mean
     embedding of a level's tiles is subtracted from each before it is scored. `objective` is what the answer
     is to be, and `prior` names how likely photos are to be taken anywhere, None for everywhere alike.
+    `method` says whether GeoCLIP is asked besides the tiles, or in place of them; then of all this only
+    `top` and `within` count, and the deepest level, whose tiles are named.
     """
 
     k: int = 16
@@ -56,6 +58,7 @@ class SearchConfig:
     centred: bool = False
     objective: Objective = BEST_TILE
     prior: str | None = None
+    method: Method = Method.tiles
 
     def __post_init__(self) -> None:
         for name, value in (("k", self.k), ("top", self.top)):
@@ -65,12 +68,29 @@ class SearchConfig:
             raise GeoEngineError(f"the quota must be at least 1, got {self.quota}")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise GeoEngineError(f"the deadline must be more than 0 seconds, got {self.deadline_s:g}")
+        self._check_method()
         if not self.levels:
             raise TileError("levels must name at least one zoom")
         if any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
             raise TileError(f"levels must increase strictly, got {', '.join(map(str, self.levels))}")
         for zoom in self.levels:
             tile_count(zoom)  # refuses a zoom that does not exist
+
+    def _check_method(self) -> None:
+        if self.method is Method.fused and self.score is Score.paper:
+            raise GeoEngineError("method fused adds up evidence in the path score: leave out the score paper")
+        of_tiles = {
+            "a score": self.score is not None,
+            "a quota": self.quota is not None,
+            "centring": self.centred,
+            "an objective": self.objective != BEST_TILE,
+            "a prior": self.prior is not None,
+        }
+        if not self.method.searches and any(of_tiles.values()):
+            given = ", ".join(name for name, chosen in of_tiles.items() if chosen)
+            raise GeoEngineError(
+                f"method geoclip searches no tiles, which is what {given} is for: leave it out"
+            )
 
 
 def search(

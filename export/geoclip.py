@@ -16,7 +16,7 @@ from geoengine.engine.bundle import GEOCLIP, EngineBundle
 from geoengine.engine.errors import ExportError
 from geoengine.engine.geoclip.gallery import order_ids
 from geoengine.engine.geoclip.locations import LocationEncoder
-from geoengine.engine.manifest import PHOTO, GeoClipFiles
+from geoengine.engine.manifest import MANIFEST, PHOTO, GeoClipFiles
 from geoengine.engine.sources import fingerprint
 from geoengine.export.build import build_bundle
 from geoengine.export.check import Progress, Steps
@@ -47,6 +47,8 @@ def build_geoclip(config: BuildConfig, clip: str = "openai", progress: Progress 
     MissingExtraError without the package.
     """
     check_target(config.out.absolute())
+    if (config.out / MANIFEST).is_file() and EngineBundle.open(config.out, verify=False).world != "earth":
+        raise ExportError(f"GeoCLIP knows Earth, and the engine bundle {config.out} is of another world")
     steps = Steps(progress)
     steps("read the GeoCLIP package")
     package = read_package()

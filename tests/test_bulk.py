@@ -254,7 +254,7 @@ class Crash(BaseException):
 class InstantEngine:
     """Locates every photo at once, at the same place."""
 
-    def prepare(self, photo):
+    def prepare(self, photo, *, method):
         return photo
 
     def locate(self, photos, *, config, progress):
@@ -459,7 +459,7 @@ class CountingEngine:
         self.read, self.searched = 0, threading.Semaphore(0)
         self.groups = []
 
-    def prepare(self, photo):
+    def prepare(self, photo, *, method):
         self.read += 1
         return Photo(photo.name, photo.pixels[:8, :8])
 

@@ -36,7 +36,7 @@ class MadeEngine:
     def __exit__(self, *exception):
         pass
 
-    def prepare(self, photo):
+    def prepare(self, photo, *, method):
         return Photo(photo.name, to_square(photo.pixels, self.bundle.image_size))
 
     def locate(self, photos, *, config, progress):

@@ -14,6 +14,7 @@ import torch
 from command_line import refused, run
 from made_geoclip import POINTS, use_small_geoclip, write_package
 from test_export_build import save_set
+from tiny_bundle import write_tiny_bundle
 
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BundleError, ExportError, MissingExtraError
@@ -263,6 +264,12 @@ def test_the_package_must_be_there(monkeypatch):
     monkeypatch.setattr(geoclip_package, "PACKAGE", "no-such-package")
     with pytest.raises(MissingExtraError, match=r"pip install 'geoengine\[geoclip\]'"):
         read_package()
+
+
+def test_a_planet_gets_no_geoclip(tmp_path):
+    write_tiny_bundle(tmp_path / "planet")
+    with pytest.raises(ExportError, match="GeoCLIP knows Earth"):
+        geoclip.build_geoclip(BuildConfig(out=tmp_path / "planet"), "none")
 
 
 def test_options_of_other_encoders_are_refused():

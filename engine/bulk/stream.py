@@ -169,7 +169,9 @@ def _read(engine: GeoEngine, listed: _Listed, search: PhotoSearch) -> _Ready:
     try:
         data = item.entry.read()
         # Many photos wait, and small: the engine leaves a square alone when it prepares it again.
-        photo = engine.prepare(read_photo(data, limits=search.limits, name=item.name))
+        photo = engine.prepare(
+            read_photo(data, limits=search.limits, name=item.name), method=search.config.method
+        )
         gps = read_gps(data) if search.compare_exif else None
     except PhotoError as error:
         return _Ready(listed, Failure(item.name, item.position, str(error)))

@@ -97,7 +97,7 @@ def _bundle(topic: str, path: str | Path, remedy: str) -> Finding:
     zooms = f"levels {', '.join(map(str, bundle.levels))}" if bundle.levels else "no map encoders"
     inside = "" if geoclip is None or geoclip is bundle else f"; with {model_name(geoclip.manifest)}"
     detail = (
-        f"{model_name(bundle.manifest)}, world {bundle.world}, {zooms}, {', '.join(bundle.variants)}{inside}; "
-        "checksums agree"
+        f"{model_name(bundle.manifest)}, world {bundle.world}, {zooms}, "
+        f"{', '.join(bundle.variants)}{inside}; checksums agree"
     )
     return Finding(topic=topic, state=State.OK, detail=detail)

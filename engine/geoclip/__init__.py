@@ -4,6 +4,6 @@ Its encoders and gallery lie in a bundle of their own, `geoclip/` in an engine b
 `geoengine build-engines --geoclip` makes from the published package.
 """
 
-from geoengine.engine.geoclip.model import GeoClip, Matches
+from geoengine.engine.geoclip.model import GeoClip, Matches, TwoSquares, no_geoclip, no_map_encoders
 
-__all__ = ["GeoClip", "Matches"]
+__all__ = ["GeoClip", "Matches", "TwoSquares", "no_geoclip", "no_map_encoders"]

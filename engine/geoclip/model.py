@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.backends import Backend, open_backend
-from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.bundle import GEOCLIP, EngineBundle
 from geoengine.engine.errors import BundleError
 from geoengine.engine.geoclip.evidence import GeoClipEvidence, TileCentres
 from geoengine.engine.geoclip.gallery import Gallery
@@ -20,10 +20,16 @@ from geoengine.engine.manifest import PHOTO
 from geoengine.engine.photos import Photo
 from geoengine.engine.preprocess import to_square
 from geoengine.engine.regions import Region
-from geoengine.engine.scoring.answer import RADIUS_SHARE
 from geoengine.engine.tiles import great_circle_km_array
 
 _PHOTO_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TwoSquares(Photo):
+    """A photo as the map search sees it, and `other`, uint8[S, S, 3], as GeoCLIP does."""
+
+    other: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,15 +37,25 @@ class Matches:
     """The gallery's best points for one photo, best first.
 
     `points` is float64[t, 2], longitude and latitude in degrees; `scores` are cosines, `shares` a softmax
-    over all points that were compared, with GeoCLIP's logit scale. `radius_km` is the great-circle distance
-    from the first point within which two thirds of the share lie, and at least as far as the next point; it
-    is not calibrated.
+    over all points that were compared, with GeoCLIP's logit scale. All of them, the nearest to the first one
+    first, are in `distances_km` from it, float64[n], and `within`, the sum of shares up to each, float64[n].
     """
 
     points: NDArray[np.float64]
     scores: NDArray[np.float32]
     shares: NDArray[np.float64]
-    radius_km: float
+    distances_km: NDArray[np.float64]
+    within: NDArray[np.float64]
+
+    def radius_km(self, share: float) -> float:
+        """Return the great-circle distance from the first point within which a share of the softmax lies.
+
+        It is at least the distance to the next point: what lies between, the gallery does not tell apart. It
+        is not calibrated.
+        """
+        # The sum of shares that make up the share exactly may come out an ulp short.
+        reached = int(np.searchsorted(self.within, share - 1e-12))
+        return float(self.distances_km[min(max(reached, 1), len(self.distances_km) - 1)])
 
 
 class GeoClip:
@@ -80,7 +96,7 @@ class GeoClip:
         Raises BundleError, with the command that mends it, when the bundle has none or a damaged one.
         """
         own = bundle.geoclip()
-        if own is None:
+        if own is None or own.world != bundle.world:
             raise BundleError(no_geoclip(bundle))
         with ExitStack() as undo:
             opened = open_backend(own, backend=backend, precision=precision, threads=threads)
@@ -95,13 +111,17 @@ class GeoClip:
 
     def embed(self, photos: Sequence[Photo]) -> NDArray[np.float32]:
         """Return the photos' unit embeddings, float32[n, d]."""
-        size, mode = self.bundle.image_size, self.bundle.manifest.resize_mode
         embeddings = np.empty((len(photos), self.bundle.embed_dim), dtype=np.float32)
         for start in range(0, len(photos), _PHOTO_CHUNK):
             chunk = photos[start : start + _PHOTO_CHUNK]
-            squares = np.stack([to_square(photo.pixels, size, mode) for photo in chunk])
+            squares = np.stack([self.square(photo) for photo in chunk])
             embeddings[start : start + len(chunk)] = self.backend.encode(PHOTO, squares)
         return embeddings
+
+    def square(self, photo: Photo) -> NDArray[np.uint8]:
+        """Return a photo as the encoder sees it, uint8[S, S, 3]."""
+        pixels = photo.other if isinstance(photo, TwoSquares) else photo.pixels
+        return to_square(pixels, self.bundle.image_size, self.bundle.manifest.resize_mode)
 
     def best(
         self, embeddings: NDArray[np.float32], top: int, *, within: Region | None = None
@@ -127,25 +147,32 @@ class GeoClip:
     ) -> Matches:
         scores, shares = (values[0] for values in self.gallery.shares(query, self.logit_scale, rows))
         best = np.argsort(-scores, kind="stable")[:top]
+        lng, lat = points[best[0]]
+        distances = great_circle_km_array(lng, lat, points[:, 0], points[:, 1])
+        nearest_first = np.argsort(distances, kind="stable")
         return Matches(
             points=points[best],
             scores=scores[best],
             shares=shares[best],
-            radius_km=_radius_km(points, int(best[0]), shares),
+            distances_km=distances[nearest_first],
+            within=np.cumsum(shares[nearest_first]),
         )
 
 
-def _radius_km(points: NDArray[np.float64], answer: int, shares: NDArray[np.float64]) -> float:
-    """Return how far around a point two thirds of the share lie, and at least as far as the next point."""
-    distances = great_circle_km_array(*points[answer], *points.T)
-    nearest_first = np.argsort(distances, kind="stable")
-    reached = int(np.searchsorted(np.cumsum(shares[nearest_first]), RADIUS_SHARE - 1e-12))
-    return float(distances[nearest_first[min(max(reached, 1), len(points) - 1)]])
-
-
 def no_geoclip(bundle: EngineBundle) -> str:
-    """Return the sentence that says how a bundle gets GeoCLIP."""
+    """Return the sentence that says how a bundle gets GeoCLIP, or that it cannot."""
+    if bundle.world != "earth":
+        return f"GeoCLIP knows Earth, and engine bundle {bundle.path} another world: search with method tiles"
     return (
         f"engine bundle {bundle.path} has no GeoCLIP: "
         f"`geoengine build-engines --geoclip --out {bundle.path}` adds it"
+    )
+
+
+def no_map_encoders(bundle: EngineBundle) -> str:
+    """Return the sentence that says what can be done with a bundle of GeoCLIP alone."""
+    out = bundle.path.parent if bundle.path.name == GEOCLIP else bundle.path
+    return (
+        f"engine bundle {bundle.path} has GeoCLIP and no map encoders: locate with --method geoclip, or "
+        f"add some with `geoengine build-engines --out {out}`"
     )

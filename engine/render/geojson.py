@@ -22,10 +22,10 @@ def feature_collection(locations: Iterable[Location]) -> dict[str, Any]:
     """Return a GeoJSON FeatureCollection: per photo its candidates, best first, then its beams.
 
     Positions are [longitude, latitude] in degrees. Every feature has the properties "photo", "world" and
-    "kind", which is "candidate" (Point: the centre of its tile) or "beam" (Polygon: the tile). The first
-    candidate carries "radius_km" too. Rings run counter-clockwise. No polygon crosses the antimeridian,
-    since no tile does: one that ends there has its east edge at 180, one that begins there its west edge at
-    -180. "note" is a foreign member.
+    "kind", which is "candidate" (Point: the centre of its tile, or a point of the gallery for method geoclip)
+    or "beam" (Polygon: the tile). The first candidate carries "radius_km" too. Rings run counter-clockwise.
+    No polygon crosses the antimeridian, since no tile does: one that ends there has its east edge at 180, one
+    that begins there its west edge at -180. "note" is a foreign member.
     """
     features = [feature for location in locations for feature in _features(location)]
     return {"type": "FeatureCollection", "note": HYPOTHESIS, "features": features}

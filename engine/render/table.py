@@ -109,9 +109,10 @@ def _location_parts(location: Location) -> Iterator[RenderableType]:
             str(candidate.tile),
         )
     yield table
-    yield Text(
-        "path: " + "  ".join(f"z{step.tile.z} {step.score:.3f}" for step in location.candidates[0].path)
-    )
+    if location.levels:
+        yield Text(
+            "path: " + "  ".join(f"z{step.tile.z} {step.score:.3f}" for step in location.candidates[0].path)
+        )
     yield Text(_search_line(location))
     for remark in _remarks(location):
         yield Text(remark)
@@ -125,6 +126,8 @@ def _search_line(location: Location) -> str:
     missing = sum(level.missing for level in location.levels)
     lacking = f" ({missing} more do not exist there)" if missing else ""
     within = f" within {printable(location.within)}" if location.within else ""
+    if not location.levels:
+        return f"gallery{within}: no map tiles, {printable(location.model)}, {location.seconds:.1f} s a photo"
     absent = ", ".join(map(str, location.left_out))
     without = f", without zoom {absent}, which it does not have" if absent else ""
     return (
@@ -136,7 +139,8 @@ def _search_line(location: Location) -> str:
 
 def _scoring(location: Location) -> str:
     used = location.scoring
-    parts = [f"{used.score} score" + ("" if used.calibrated or used.score == "paper" else " (uncalibrated)")]
+    parts = [] if used.method == "tiles" else [f"method {used.method}"]
+    parts += [f"{used.score} score" + ("" if used.calibrated or used.score == "paper" else " (uncalibrated)")]
     parts += ["centred"] if used.centred else []
     parts += [f"quota {used.quota}"] if used.quota is not None else []
     parts += [f"answer for {used.objective}"] if used.objective != "best-tile" else []

@@ -23,6 +23,30 @@ class Score(StrEnum):
     path = "path"
 
 
+class Method(StrEnum):
+    """What is asked where a photo was taken.
+
+    `tiles` is the search of map tiles alone. `geoclip` is GeoCLIP alone, which needs no tiles. Two ask both:
+    `joined`, where the tile that holds GeoCLIP's best point joins the beam at every level (the paper's 5.1),
+    and `fused`, where what GeoCLIP says of each tile enters the path score.
+    """
+
+    tiles = "tiles"
+    geoclip = "geoclip"
+    joined = "joined"
+    fused = "fused"
+
+    @property
+    def searches(self) -> bool:
+        """Whether it searches map tiles."""
+        return self is not Method.geoclip
+
+    @property
+    def asks_geoclip(self) -> bool:
+        """Whether it needs GeoCLIP in the bundle."""
+        return self is not Method.tiles
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """What the answer is to be: the best tile, or, with `radius_km`, the centre of most probability.

@@ -149,7 +149,7 @@ def evaluate(
         with waiting("looking for the photos among those of the training"):
             refuse_trained(truth, training)
     bundle = "planet" if truth.world == "planet" and bundle is None else bundle
-    order = EngineOrder.parse(False, bundle, tiles, index, backend, precision, threads)
+    order = EngineOrder.parse(False, bundle, tiles, index, backend, precision, threads, scoring.method)
     with order.open() as engine:
         if levels is None:
             configs = [replace(each, levels=engine.bundle.levels) for each in configs]

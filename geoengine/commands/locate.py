@@ -22,6 +22,7 @@ from geoengine.commands.options import (
     KOption,
     LevelsOption,
     MegapixelsOption,
+    MethodOption,
     ObjectiveOption,
     OutOption,
     OverzoomOption,
@@ -38,6 +39,7 @@ from geoengine.commands.options import (
 from geoengine.commands.orders import EngineOrder, ScoringOrder, SearchOrder, search_config
 from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
 from geoengine.engine.errors import GeoEngineError, SourceError
+from geoengine.engine.scoring.kinds import Method
 
 if TYPE_CHECKING:
     from geoengine.engine.bulk.items import Items
@@ -95,6 +97,7 @@ def locate(
     index: IndexOption = None,
     overzoom: OverzoomOption = False,
     deadline: DeadlineOption = None,
+    method: MethodOption = Method.tiles,
     score: ScoreOption = None,
     quota: QuotaOption = None,
     centred: CentredOption = False,
@@ -128,9 +131,9 @@ def locate(
     bulk = BulkOrder.parse(out, out_format, photos_per_part, restart, retry_failed)
     if bulk is not None and (output is not Output.TABLE or map_file is not None):
         raise GeoEngineError("--out excludes --json, --geojson and --map")
-    scoring = ScoringOrder(score=score, quota=quota, centred=centred, objective=objective)
+    scoring = ScoringOrder(score=score, quota=quota, centred=centred, objective=objective, method=method)
     config = search_config(k, levels, top, within, deadline, overzoom, scoring)
-    engine_order = EngineOrder.parse(demo, bundle, tiles, index, backend, precision, threads)
+    engine_order = EngineOrder.parse(demo, bundle, tiles, index, backend, precision, threads, method)
     order = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif)
     if map_file is not None:
         _check_writable(map_file)

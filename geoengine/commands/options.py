@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from geoengine.engine.scoring.kinds import Score
+from geoengine.engine.scoring.kinds import Method, Score
 
 LevelsOption = Annotated[
     str | None,
@@ -46,6 +46,13 @@ BackendOption = Annotated[
     typer.Option(help="tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu; auto: the first to run."),
 ]
 KOption = Annotated[int, typer.Option("--k", help="Beam width: tiles kept after each level.")]
+MethodOption = Annotated[
+    Method,
+    typer.Option(
+        help="tiles: search map tiles. geoclip: GeoCLIP alone, without tiles. joined: GeoCLIP's best tile "
+        "joins every beam. fused: GeoCLIP's probabilities enter the path score."
+    ),
+]
 ScoreOption = Annotated[
     Score | None,
     typer.Option(

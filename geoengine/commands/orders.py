@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from geoengine.commands.levels import parse_levels
 from geoengine.commands.terminal import waiting
-from geoengine.engine.errors import GeoEngineError, SourceError
+from geoengine.engine.errors import BundleError, GeoEngineError, SourceError
+from geoengine.engine.scoring.kinds import Method
 
 if TYPE_CHECKING:
     from geoengine.engine.bulk.stream import PhotoSearch
@@ -35,6 +36,7 @@ class EngineOrder:
     backend: str
     precision: str | None
     threads: int | None
+    method: Method
 
     @classmethod
     def parse(
@@ -46,6 +48,7 @@ class EngineOrder:
         backend: str,
         precision: str | None,
         threads: int | None,
+        method: Method,
     ) -> EngineOrder:
         """Check the options against each other; raises GeoEngineError."""
         if demo and (bundle is not None or tiles is not None):
@@ -59,6 +62,7 @@ class EngineOrder:
             backend=backend,
             precision=precision,
             threads=threads,
+            method=method,
         )
 
     def open(self) -> GeoEngine:
@@ -66,11 +70,17 @@ class EngineOrder:
         with waiting("loading the encoders"):
             from geoengine.engine.bundle import EngineBundle, resolve_bundle
             from geoengine.engine.engine import GeoEngine
+            from geoengine.engine.geoclip import no_geoclip, no_map_encoders
             from geoengine.engine.index.known_rows import row_cache_folder
 
             bundle = resolve_bundle(self.bundle)
-            of_planet = EngineBundle.open(bundle, verify=False).world == "planet"
-            if self.tiles is None and not of_planet:
+            there = EngineBundle.open(bundle, verify=False)
+            of_planet = there.world == "planet"
+            if self.method.asks_geoclip and not there.has_geoclip:
+                raise BundleError(no_geoclip(there))
+            if self.method.searches and not there.levels:
+                raise BundleError(no_map_encoders(there))
+            if self.method.searches and self.tiles is None and not of_planet:
                 raise SourceError(_TILES_EXAMPLE)
             return GeoEngine.open(
                 bundle,
@@ -109,19 +119,20 @@ class SearchOrder:
         from geoengine.engine.bulk.stream import PhotoSearch
 
         config = self.config
-        if self.all_levels:
+        if self.all_levels and bundle.levels:
             config = dataclasses.replace(config, levels=bundle.levels)
         return PhotoSearch(config=config, limits=self.limits, compare_exif=self.compare_exif)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringOrder:
-    """How tiles are scored and the answer is chosen, as the options say it."""
+    """What is asked, how tiles are scored and the answer is chosen, as the options say it."""
 
     score: Score | None = None
     quota: int | None = None
     centred: bool = False
     objective: str = "best-tile"
+    method: Method = Method.tiles
 
 
 def search_config(
@@ -150,4 +161,5 @@ def search_config(
         quota=scoring.quota,
         centred=scoring.centred,
         objective=Objective.parse(scoring.objective),
+        method=scoring.method,
     )

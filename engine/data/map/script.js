@@ -4,7 +4,7 @@ const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const EARTH_KM = 6371.0088, EQUATOR_KM = 2 * Math.PI * EARTH_KM, RAD = Math.PI / 180;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
-let photo = data.photos[0], chosen = photo.candidates[0], step = 0, timer = 0, frame = 0;
+let photo = data.photos[0], stages = photo.levels, chosen = photo.candidates[0], step = 0, timer = 0, frame = 0;
 let view = { x: 0.5, y: 0.5, scale: 500 };  // centre in world widths, pixels per world width
 
 // --- small helpers; text only ever enters the page as text nodes and attributes ---
@@ -39,9 +39,15 @@ function copies(x0, x1) {
 const px = (x) => (x - view.x) * view.scale + size()[0] / 2;
 const py = (y) => (y - view.y) * view.scale + size()[1] / 2;
 
+// An answer that needed no tiles has no levels: its steps are the world, and the answer with its radius.
+function withoutLevels() {
+  const across = (EQUATOR_KM * Math.cos(photo.latitude * RAD)) / (8 * Math.max(photo.radius_km, 0.1));
+  return [{ zoom: 0, beam: [] }, { zoom: Math.max(2, Math.min(14, Math.round(Math.log2(across)) + 2)), beam: [] }];
+}
+
 // The tile of a level that the chosen candidate lies in, whether that level has scored it or not.
 function stage(i) {
-  const z = photo.levels[i].zoom, side = 2 ** (chosen.z - z);
+  const z = stages[i].zoom, side = 2 ** (chosen.z - z);
   return { z, x: Math.floor(chosen.x / side), y: Math.floor(chosen.y / side) };
 }
 
@@ -49,7 +55,7 @@ function stage(i) {
 function target(i) {
   const [w, h] = size(), room = Math.min(w, h);
   if (i === 0) return { x: 0.5, y: 0.5, scale: room };
-  const tile = stage(i), z = Math.max(photo.levels[i - 1].zoom, tile.z - 2), n = 2 ** z;
+  const tile = stage(i), z = Math.max(stages[i - 1].zoom, tile.z - 2), n = 2 ** z;
   const shrink = 2 ** (tile.z - z);
   const x = (Math.floor(tile.x / shrink) + 0.5) / n, y = (Math.floor(tile.y / shrink) + 0.5) / n;
   return { x, y, scale: (room * n) / 1.5 };
@@ -84,7 +90,7 @@ function draw() {
   drawShade(overlay, w, h);
   drawGraticule(overlay, labels, w, h);
   if (step > 0) for (const name of ["before-halo", "before"])
-    for (const tile of photo.levels[step - 1].beam) tileRect(overlay, tile, name, {});
+    for (const tile of stages[step - 1].beam) tileRect(overlay, tile, name, {});
   drawBeam(overlay);
   drawRadius(overlay);
   drawPins(labels);
@@ -106,9 +112,10 @@ function drawImages(room) {
   });
 }
 function drawShade(parent, w, h) {
+  if (!photo.levels.length) return;
   const corners = (x0, y0, x1, y1) => `M${x0},${y0}H${x1}V${y1}H${x0}Z`;
   let d = corners(-1, -1, w + 1, h + 1);
-  for (const tile of photo.levels[step].beam) {
+  for (const tile of stages[step].beam) {
     const [x0, y0, x1, y1] = box(tile);
     for (const shift of copies(x0, x1)) d += corners(px(x0 + shift), py(y0), px(x1 + shift), py(y1));
   }
@@ -143,7 +150,8 @@ function tileRect(parent, tile, name, attributes) {
   }));
 }
 function drawBeam(parent) {
-  const beam = photo.levels[step].beam, best = beam[0].score, worst = beam[beam.length - 1].score;
+  if (!photo.levels.length) return;
+  const beam = stages[step].beam, best = beam[0].score, worst = beam[beam.length - 1].score;
   for (const tile of beam) tileRect(parent, tile, "tile-halo", {});
   beam.forEach((tile, i) => {
     const strength = best > worst ? (tile.score - worst) / (best - worst) : 1;
@@ -203,7 +211,7 @@ function drawMini(w, h, whole) {
   if (whole) return;
   mini.replaceChildren();
   if (data.images.length) node(mini, "image", { href: data.images[0].src, width: 100, height: 100, preserveAspectRatio: "none" });
-  for (const tile of photo.levels[step].beam) {
+  for (const tile of stages[step].beam) {
     const [x0, y0, x1] = box(tile), side = Math.max(4, 100 * (x1 - x0)), middle = 50 * (x1 - x0);
     node(mini, "rect", { x: 100 * x0 + middle - side / 2, y: 100 * y0 + middle - side / 2, width: side, height: side,
       class: "tile", style: "stroke:#000;stroke-width:.7" });
@@ -222,8 +230,12 @@ function drawScale() {
 
 // --- the panel ---
 function showStatus() {
-  const level = photo.levels[step], best = level.beam.findIndex((t) => key(t) === key(stage(step))) + 1;
-  byId("status").textContent = `Level ${step + 1} of ${photo.levels.length}, zoom ${level.zoom}: ` +
+  if (!photo.levels.length) {
+    byId("status").textContent = `No map tiles were searched. Candidate ${chosen.rank} is a point of GeoCLIP's gallery.`;
+    return;
+  }
+  const level = stages[step], best = level.beam.findIndex((t) => key(t) === key(stage(step))) + 1;
+  byId("status").textContent = `Level ${step + 1} of ${stages.length}, zoom ${level.zoom}: ` +
     `${level.candidates.toLocaleString("en")} tiles scored${level.exhaustive ? " (all there are, from an index)" : ""}, ` +
     `${level.beam.length} kept. ` + (level.late ? `${level.late} came too late. ` : "") +
     (level.enlarged ? `${level.enlarged} were enlarged from coarser ones. ` : "") +
@@ -231,20 +243,20 @@ function showStatus() {
   [...byId("levels").children].forEach((row, i) => row.classList.toggle("now", i === step));
 }
 function goTo(i, animate = true) {
-  step = Math.max(0, Math.min(photo.levels.length - 1, i));
+  step = Math.max(0, Math.min(stages.length - 1, i));
   byId("step").value = step;
-  byId("step").setAttribute("aria-valuetext", `zoom ${photo.levels[step].zoom}`);
+  byId("step").setAttribute("aria-valuetext", `zoom ${stages[step].zoom}`);
   byId("back").disabled = step === 0;
-  byId("next").disabled = step === photo.levels.length - 1;
+  byId("next").disabled = step === stages.length - 1;
   showStatus();
   if (animate) glide(target(step)); else { cancelAnimationFrame(frame); view = target(step); draw(); }
 }
 function stop() { clearInterval(timer); timer = 0; byId("play").textContent = "Play"; }
 function play() {
   if (timer) return stop();
-  if (step === photo.levels.length - 1) goTo(0);
+  if (step === stages.length - 1) goTo(0);
   byId("play").textContent = "Stop";
-  timer = setInterval(() => { if (step === photo.levels.length - 1) stop(); else goTo(step + 1); }, 1500);
+  timer = setInterval(() => { if (step === stages.length - 1) stop(); else goTo(step + 1); }, 1500);
 }
 function choose(candidate) {
   chosen = candidate;
@@ -253,16 +265,19 @@ function choose(candidate) {
 }
 function showPhoto(i) {
   photo = data.photos[i];
+  stages = photo.levels.length ? photo.levels : withoutLevels();
+  for (const id of ["legend", "levels-card"]) byId(id).hidden = !photo.levels.length;
+  byId("shares").textContent = photo.levels.length ? "share of the last beam" : "share of the gallery";
   byId("title").textContent = `Where ${photo.photo} may have been taken`;
   byId("banner").hidden = photo.world !== "planet";
   byId("note").textContent = photo.note;
-  byId("credit").textContent = photo.attribution || `tiles: ${photo.tiles}`;
+  byId("credit").textContent = photo.attribution || (photo.tiles && `tiles: ${photo.tiles}`);
   byId("point").firstElementChild.textContent = degrees(photo.latitude, photo.longitude);
   const facts = byId("facts");
   facts.replaceChildren();
   const world = photo.world === "planet" ? "demo planet, not Earth" : "Earth";
   const rows = [["World", world], ["Uncertainty radius", `${km(photo.radius_km)} (${photo.radius_calibrated ? `holds ${Math.round(photo.radius_share * 100)} % of the truths` : "uncalibrated"})`], ["Score", photo.score.toFixed(3)],
-    ["Beam width k", photo.k], ["Tiles", photo.tiles], ["Model", photo.model], ["Search", `${photo.seconds.toFixed(1)} s`]];
+    ...(photo.levels.length ? [["Beam width k", photo.k], ["Tiles", photo.tiles]] : []), ["Model", photo.model], ["Search", `${photo.seconds.toFixed(1)} s`]];
   if (photo.within) rows.splice(1, 0, ["Searched", photo.within]);
   if (photo.levels_left_out.length) rows.push(["Not searched", `zoom ${photo.levels_left_out.join(", ")}, which the tiles lack`]);
   if (photo.exif) rows.push(["GPS tag", photo.exif.distance_km === null ? "none" :
@@ -278,14 +293,14 @@ function showPhoto(i) {
     node(node(button, "span", { class: "bar" }), "i", { style: `width:${100 * candidate.share}%` });
     button.addEventListener("click", () => { choose(candidate); goTo(step); });
   }
-  const levels = byId("levels");
-  levels.replaceChildren();
+  const rowsOfLevels = byId("levels");
+  rowsOfLevels.replaceChildren();
   for (const level of photo.levels) {
-    const row = node(levels, "tr", {});
+    const row = node(rowsOfLevels, "tr", {});
     for (const cell of [level.zoom, level.candidates.toLocaleString("en"), level.beam.length, percent(level.coverage),
       level.beam[0].score.toFixed(3)]) node(row, "td", {}, cell);
   }
-  byId("step").max = photo.levels.length - 1;
+  byId("step").max = stages.length - 1;
   choose(photo.candidates[0]);
 }
 
@@ -294,7 +309,7 @@ byId("back").addEventListener("click", () => { stop(); goTo(step - 1); });
 byId("next").addEventListener("click", () => { stop(); goTo(step + 1); });
 byId("play").addEventListener("click", play);
 byId("step").addEventListener("input", () => { stop(); goTo(Number(byId("step").value)); });
-byId("photo").addEventListener("change", () => { stop(); showPhoto(Number(byId("photo").value)); goTo(Math.min(step, photo.levels.length - 1)); });
+byId("photo").addEventListener("change", () => { stop(); showPhoto(Number(byId("photo").value)); goTo(Math.min(step, stages.length - 1)); });
 byId("copy").addEventListener("click", async () => {
   const text = byId("point").firstElementChild;
   try { await navigator.clipboard.writeText(text.textContent); } catch {
@@ -307,7 +322,7 @@ byId("copy").addEventListener("click", async () => {
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(event.target.tagName)) return;
   const act = { ArrowLeft: () => goTo(step - 1), ArrowRight: () => goTo(step + 1), Home: () => goTo(0),
-    End: () => goTo(photo.levels.length - 1), p: play }[event.key];
+    End: () => goTo(stages.length - 1), p: play }[event.key];
   if (act) { if (event.key !== "p") stop(); act(); event.preventDefault(); }
 });
 const pointers = new Map();
@@ -353,5 +368,5 @@ const hash = new URLSearchParams(location.hash.slice(1));
 const startPhoto = Math.max(0, Math.min(data.photos.length - 1, Number(hash.get("photo") || 1) - 1));
 byId("photo").value = startPhoto;
 showPhoto(startPhoto);
-goTo(Math.max(0, photo.levels.findIndex((level) => level.zoom === Number(hash.get("level")))), false);
+goTo(Math.max(0, stages.findIndex((level) => level.zoom === Number(hash.get("level")))), false);
 new ResizeObserver(() => { cancelAnimationFrame(frame); view = target(step); draw(); }).observe(byId("frame"));
