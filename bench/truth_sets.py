@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +10,12 @@ from pathlib import Path
 from geoengine.bench.truth import EARTH, PartOf, PlanetPhotos, Read, TruthError, TruthPhoto, TruthSet
 from geoengine.engine.errors import PhotoError
 from geoengine.engine.photo_sets import PhotoEntry, PhotoSet, open_photo_set
+from geoengine.engine.photo_sets.names import flickr_number, names_of
 from geoengine.engine.photos import PHOTO_NAME, Photo, PhotoLimits, read_photo
 
 PLANET_COUNT = 200
 """Photos of the planet when nobody says how many."""
 
-_FLICKR = re.compile(r"(\d{5,})_[0-9a-f]+_\d+_[^_/]+")  # photo id, secret, server, owner
 _TABLES = (".csv", ".tsv", ".parquet")
 
 
@@ -87,13 +86,12 @@ def refuse_trained(truth: TruthSet, training: Path) -> None:
         raise TruthError(
             f"{training}: expected a folder made by `geoengine prepare`, with train.csv, or a list of photos"
         )
-    tested = {name: photo.key for photo in truth for name in (photo.key, flickr_id(photo.key)) if name}
+    tested = {name: photo.key for photo in truth for name in names_of(photo.key)}
     found: dict[str, tuple[str, Path]] = {}
     for table in lists:
         for entry in open_photo_set(table) if table.exists() else ():
-            for name in (entry.key, flickr_id(entry.key)):
-                if name is not None and name in tested:
-                    found.setdefault(tested[name], (entry.key, table))
+            for name in names_of(entry.key) & tested.keys():
+                found.setdefault(tested[name], (entry.key, table))
     if found:
         key, (trained, table) = next(iter(found.items()))
         raise TruthError(
@@ -102,28 +100,9 @@ def refuse_trained(truth: TruthSet, training: Path) -> None:
         )
 
 
-def flickr_id(key: str) -> str | None:
-    """Return the Flickr photo number in a name of the field's data sets, None when there is none.
-
-    MP-16 names photos `34/8d/9055806529.jpg`; the test sets `photoid_secret_server_owner.jpg`, before which
-    copies of IM2GPS may have the place's name and a number.
-    """
-    stem = _stem(key)
-    found = _FLICKR.search(stem)
-    if found is not None:
-        return found[1]
-    return stem if re.fullmatch(r"\d{5,}", stem) else None
-
-
-def _stem(key: str) -> str:
-    name = key.replace("\\", "/").rsplit("/", 1)[-1]
-    return name[: name.rfind(".")] if PHOTO_NAME.fullmatch(name) else name
-
-
 def _name_in_set(key: str) -> str:
     """Return what a photo's file and its row in the table have in common, whatever was put before it."""
-    found = _FLICKR.search(_stem(key))
-    return found[0] if found is not None else _stem(key)
+    return flickr_number(key) or min(names_of(key), default="")
 
 
 class ListedPhotos:

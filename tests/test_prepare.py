@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 
 from geoengine.cli import app
 from geoengine.engine.photo_sets import PhotoSetError, open_photo_set
+from geoengine.engine.photo_sets.names import names_of
 from geoengine.engine.render.files import OutputError
 from geoengine.training.mp16.hosts import Politeness, forbidding
 from geoengine.training.mp16.job import PrepareConfig, PrepareJob
-from geoengine.training.mp16.names import Split, key_of, names_of, split_of
+from geoengine.training.mp16.names import Split, key_of, split_of
 
 FAST = Politeness(rate_per_s=2000.0, attempts=3, backoff_s=0.01, longest_wait_s=2.0, read_timeout_s=1.0)
 HEAD = "IMG_ID,AUTHOR,LAT,LON,url\n"

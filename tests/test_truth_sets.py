@@ -5,7 +5,7 @@ from known_places import MadePhotos
 from made_sets import jpeg, write_table, write_tar
 
 from geoengine.bench.truth import PartOf, TruthError
-from geoengine.bench.truth_sets import KNOWN_SETS, KnownSet, flickr_id, open_truth_set, refuse_trained
+from geoengine.bench.truth_sets import KNOWN_SETS, KnownSet, open_truth_set, refuse_trained
 from geoengine.engine.errors import PhotoError
 from geoengine.engine.photo_sets import PhotoSetError
 from geoengine.engine.photos import PhotoLimits
@@ -162,22 +162,6 @@ def test_a_part_of_a_set_is_the_same_each_time_and_grows():
 
 
 # --- leaks ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "number"),
-    [
-        ("34/8d/9055806529.jpg", "9055806529"),
-        ("9055806529", "9055806529"),
-        ("104123223_7410c654ba_19_19355699@N00.jpg", "104123223"),
-        ("New_York_00024_104123223_7410c654ba_19_19355699@N00.jpg", "104123223"),
-        ("images/holiday.jpg", None),
-        ("1234.jpg", None),
-        ("planet photo 12", None),
-    ],
-)
-def test_flickr_numbers(key, number):
-    assert flickr_id(key) == number
 
 
 def test_a_test_photo_that_was_trained_on_is_refused(im2gps, tmp_path):

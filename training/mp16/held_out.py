@@ -10,7 +10,7 @@ import numpy as np
 
 from geoengine.engine.errors import PhotoError
 from geoengine.engine.photo_sets import PhotoSet, PhotoSetError, open_photo_set
-from geoengine.training.mp16.names import names_of
+from geoengine.engine.photo_sets.names import names_of
 from geoengine.training.mp16.pictures import read_picture
 
 MOST_DIFFERING_BITS = 8

@@ -1,4 +1,4 @@
-"""What a photo is called: the same Flickr photo has other file names in each data set."""
+"""Which split a photo belongs to, and what it is called there."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import re
 from enum import StrEnum
 from urllib.parse import unquote
 
-_SUFFIX = re.compile(r"\.(avif|bmp|gif|heic|jfif|jpe?g|png|tiff?|webp)$", re.IGNORECASE)
-# PHOTO_SECRET, PHOTO_SECRET_SIZE as Flickr's servers have it, PHOTO_SECRET_SERVER_OWNER as IM2GPS has it.
-_FLICKR = re.compile(r"(?:^|_)(\d{6,})_[0-9a-f]{6,12}(?:_[a-z]|_\d+_\d+@n\d+)?$")
-_NUMBERED = re.compile(r"(?:^|_)(\d{6,})$")  # 34_8d_9055806529 and 9055806529
+from geoengine.engine.photo_sets.names import PHOTO_SUFFIX
 
 
 class Split(StrEnum):
@@ -31,16 +28,6 @@ def split_of(author: str, photo_id: str) -> Split:
     return {0: Split.VALID, 1: Split.TEST}.get(share, Split.TRAIN)
 
 
-def names_of(text: str) -> set[str]:
-    """Return the names by which a photo is known, from an id, a path or an address.
-
-    These are the last part without its suffix, and Flickr's number of the photo when there is one.
-    """
-    stem = _SUFFIX.sub("", unquote(text).rpartition("/")[2].lower())
-    found = _FLICKR.search(stem) or _NUMBERED.search(stem)
-    return {stem, found[1]} if found else {stem} - {""}
-
-
 def key_of(photo_id: str) -> str:
     """Return a photo's name in a shard: without dots, which would end it, and without folders."""
-    return re.sub(r"[^\w@-]", "_", _SUFFIX.sub("", photo_id)).strip("_")[:80] or "photo"
+    return re.sub(r"[^\w@-]", "_", PHOTO_SUFFIX.sub("", photo_id)).strip("_")[:80] or "photo"
