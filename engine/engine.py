@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -207,6 +208,12 @@ class GeoEngine:
             self._location(photo, levels, config, calibration, seconds)
             for photo, levels in zip(read, found, strict=True)
         ]
+
+    def using(self, backend: Backend) -> GeoEngine:
+        """Return an engine that differs only in its backend; closing it closes the tile source as well."""
+        other = copy.copy(self)
+        other.backend = backend
+        return other
 
     def resolved(self, config: SearchConfig) -> SearchConfig:
         """Return a configuration whose score is chosen: that of the bundle where it was None.

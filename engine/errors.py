@@ -13,6 +13,14 @@ class PhotoError(GeoEngineError):
     """A photo cannot be read."""
 
 
+class PhotoKindError(PhotoError):
+    """A file is no image of a kind that can be read."""
+
+
+class PhotoSizeError(PhotoError):
+    """A photo has more pixels than the limit."""
+
+
 class SourceError(GeoEngineError):
     """A tile source cannot be opened, or does not answer."""
 

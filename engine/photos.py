@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, SupportsFloat
 import numpy as np
 import numpy.typing as npt
 
-from geoengine.engine.errors import PhotoError
+from geoengine.engine.errors import PhotoError, PhotoKindError, PhotoSizeError
 from geoengine.engine.tiles import LngLat
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _open_image(stream: BinaryIO, name: str) -> "ImageFile":
         raise PhotoError(f"{name}: the file is empty")
     opener = _image_class(header)
     if opener is None:
-        raise PhotoError(f"{name}: this is not an image of a kind that can be read ({_KINDS})")
+        raise PhotoKindError(f"{name}: this is not an image of a kind that can be read ({_KINDS})")
     try:
         with _quietly():
             return opener(stream)
@@ -254,7 +254,7 @@ def _check_size(size: tuple[int, int], name: str, limits: PhotoLimits) -> None:
     if width < 1 or height < 1:
         raise PhotoError(f"{name}: the image has no pixels")
     if width * height > limits.max_pixels:
-        raise PhotoError(
+        raise PhotoSizeError(
             f"{name}: the image has {width} x {height} = {width * height:,} pixels, "
             f"more than the limit of {limits.max_pixels:,}"
         )

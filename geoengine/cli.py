@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from geoengine.commands import build_engines, doctor, evaluate, index, locate, prepare, tiles, train
+from geoengine.commands import build_engines, doctor, evaluate, index, locate, prepare, serve, tiles, train
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command()(locate.locate)
 app.command()(build_engines.build_engines)
 app.command()(doctor.doctor)
+app.command()(serve.serve)
 app.add_typer(index.app, name="index")
 app.command()(evaluate.evaluate)
 app.add_typer(tiles.app, name="tiles")

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,10 +160,26 @@ class RowCache:
         _log.warning("the search goes on without its row cache: %s", error)
 
 
+class RowStore(Protocol):
+    """What keeps embeddings of tiles for later searches: `RowCache`, or `MemoryRows`."""
+
+    def refresh(self) -> None:
+        """See what others have added, before a search."""
+        ...
+
+    def look_up(self, zoom: int, ids: Ids, into: HalfRows) -> NDArray[np.bool_]:
+        """Copy the embeddings of tiles into fp16[n, d]; return which were found."""
+        ...
+
+    def keep(self, zoom: int, ids: Ids, rows: HalfRows) -> None:
+        """Add tiles, whose ids are sorted, and their embeddings fp16[n, d]."""
+        ...
+
+
 class KnownRows:
     """An index, a cache of rows, or both, as one search sees them; `width` is the length of an embedding."""
 
-    def __init__(self, width: int, index: TileIndex | None, cache: RowCache | None) -> None:
+    def __init__(self, width: int, index: TileIndex | None, cache: RowStore | None) -> None:
         self.width, self.index, self.cache = width, index, cache
 
     def refresh(self) -> None:

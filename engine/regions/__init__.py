@@ -66,6 +66,27 @@ def parse_region(text: str) -> Region:
     raise RegionError(f"{text!r} is no region: {_WHAT_A_REGION_IS}")
 
 
+def parse_given_region(text: str) -> Region:
+    """Return the region that somebody else than the user of this machine names, who may name no file.
+
+    That is a box, a country, or GeoJSON itself. Raises RegionError.
+    """
+    if text.count(",") == 3:
+        return _parse_box(text)
+    if text.lstrip().startswith("{"):
+        from geoengine.engine.regions.geojson import parse_geojson
+
+        return parse_geojson(text, name="a GeoJSON region", where="within")
+    if text.isascii() and text.isalpha() and len(text) in (2, 3):
+        from geoengine.engine.regions.countries import country
+
+        return country(text)
+    raise RegionError(
+        "within is no region: give a box west,south,east,north in degrees, a country's ISO 3166 code such as "
+        "FR or FRA, or GeoJSON with polygons"
+    )
+
+
 def _parse_box(text: str) -> Region:
     from geoengine.engine.regions.box import Box
 

@@ -19,27 +19,39 @@ _DEEPEST = 8  # collections in collections
 
 
 def read_geojson(path: Path) -> Polygons:
-    """Return the union of all polygons in a file; points and lines in it count for nothing.
+    """Return the union of all polygons in a file; see `parse_geojson`.
 
-    Edges are straight in longitude and latitude. A polygon across the antimeridian is cut there in two, as
-    the RFC asks, or has longitudes beyond 180 (or -180). Raises RegionError, naming the file, for one that
-    cannot be read, is no GeoJSON, has no polygon, or has coordinates that are not degrees.
+    Raises RegionError, naming the file, for one that cannot be read.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise RegionError(f"{path}: the file has more than {_MOST_BYTES >> 20} MB: simplify its polygons")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RegionError(f"{path}: the region cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise RegionError(f"{path}: this is no JSON file") from None
+    return parse_geojson(text, name=path.name, where=str(path))
+
+
+def parse_geojson(text: str, *, name: str, where: str) -> Polygons:
+    """Return the union of all polygons in GeoJSON; points and lines in it count for nothing.
+
+    Edges are straight in longitude and latitude. A polygon across the antimeridian is cut there in two, as
+    the RFC asks, or has longitudes beyond 180 (or -180). `name` is the region's, `where` what errors begin
+    with. Raises RegionError for what is no GeoJSON, has no polygon, or has coordinates that are not degrees.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RegionError(f"{where}: this is no JSON file") from None
     try:
         edges = [edge for polygon in _polygons(data, 0) for edge in _polygon_edges(polygon)]
     except ValueError as error:
-        raise RegionError(f"{path}: this is no sound GeoJSON file: {error}") from None
+        raise RegionError(f"{where}: this is no sound GeoJSON file: {error}") from None
     if not edges:
-        raise RegionError(f"{path}: the file has no polygon, and a region needs one")
-    return Polygons(path.name, np.concatenate(edges), of_earth=False)
+        raise RegionError(f"{where}: the file has no polygon, and a region needs one")
+    return Polygons(name, np.concatenate(edges), of_earth=False)
 
 
 def _polygons(data: object, depth: int) -> Iterator[list[Any]]:
@@ -67,7 +79,7 @@ def _polygon_edges(rings: list[Any]) -> Iterator[Edges]:
     for index, ring in enumerate(rings):
         try:
             points = np.array([position[:2] for position in ring], dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, LookupError):  # a position may be a number, a text or an object
             raise ValueError("a ring must be a list of positions [longitude, latitude]") from None
         if points.ndim != 2 or points.shape[1] != 2:
             raise ValueError("a ring must be a list of positions [longitude, latitude]")

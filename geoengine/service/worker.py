@@ -1,0 +1,127 @@
+"""One worker process: `python -m geoengine.service.worker`, started by the supervisor.
+
+Its settings come as the first line of stdin, whose end means that the supervisor is gone. The listening
+socket is inherited; "ready" goes to stdout, and the log to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from geoengine.commands.terminal import Exit, complain
+from geoengine.engine.errors import GeoEngineError
+from geoengine.service.app import create_app
+from geoengine.service.settings import Settings
+
+_SILENT_S = 20.0  # a connection that brings no whole request head, or does not stop sending
+_MOST_CONNECTIONS = 512
+_STOP_S = 10
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 that closes connections whose client does not get to the point."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(_SILENT_S, self._check)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End waiting."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _check(self) -> None:
+        """Close the connection unless a response is being made, which has limits of its own."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self._timer = self.loop.call_later(_SILENT_S, self._check)
+
+
+class _Server(uvicorn.Server):
+    """Tells the supervisor when it takes requests."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print("ready", flush=True)
+
+
+def server_config(app: Any) -> uvicorn.Config:  # noqa: ANN401 - an ASGI application
+    """Return how an application is served."""
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_MOST_CONNECTIONS,
+        timeout_graceful_shutdown=_STOP_S,
+    )
+
+
+def main() -> None:
+    """Serve until told to stop; exits with status 2 and a sentence when the service cannot start."""
+    settings = Settings.from_json(sys.stdin.readline())
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    _log_to_stderr()
+    threading.Thread(target=_end_with_supervisor, daemon=True).start()
+    failures: list[GeoEngineError] = []
+    config = server_config(_telling(create_app(settings), failures))
+    server = _Server(config)
+    server.run(sockets=[listening])
+    if failures:
+        complain(str(failures[0]))
+        raise SystemExit(Exit.FAILED)
+    if not server.started:
+        raise SystemExit(1)
+
+
+def _telling(app: Any, failures: list[GeoEngineError]) -> Any:  # noqa: ANN401 - an ASGI application
+    """Note why an application cannot start: uvicorn would print a traceback."""
+
+    async def wrapped(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
+        if scope["type"] != "lifespan":
+            await app(scope, receive, send)
+            return
+        try:
+            await app(scope, receive, send)
+        except GeoEngineError as error:
+            failures.append(error)
+            raise
+
+    return wrapped
+
+
+def _end_with_supervisor() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock a thread must not hold when Python ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()
