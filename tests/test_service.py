@@ -103,7 +103,7 @@ def test_options_of_a_search_reach_it(service, photo):
     answer = service.client.post("/v1/locate", files={"photo": photo}, data=SMALL | chosen).json()
     assert answer["scoring"] == {
         "score": "path", "calibrated": answer["scoring"]["calibrated"], "centred": False, "quota": 1,
-        "objective": "750km", "prior": "",
+        "objective": "750km", "prior": "", "method": "tiles",
     }  # fmt: skip
     assert answer["within"] == "a GeoJSON region"
     assert all(-23 <= c["longitude"] <= 63 for c in answer["candidates"])

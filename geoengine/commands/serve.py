@@ -19,6 +19,7 @@ from geoengine.commands.orders import EngineOrder
 from geoengine.commands.terminal import complain, write_result
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.extras import require_extra
+from geoengine.engine.scoring.kinds import Method
 
 if TYPE_CHECKING:
     from geoengine.service.settings import Settings
@@ -73,7 +74,7 @@ def serve(
     if new_key is not None:
         _make_key(keys, new_key)
         return
-    order = EngineOrder.parse(demo, bundle, tiles, index, backend, precision, threads)
+    order = EngineOrder.parse(demo, bundle, tiles, index, backend, precision, threads, Method.tiles)
     from geoengine.service.settings import Settings
 
     settings = Settings(

@@ -173,7 +173,10 @@ class Api:
                 "note": HYPOTHESIS,
                 "levels": list(locator.levels),
                 "defaults": Parameters().model_dump(mode="json", exclude={"levels", "within"}),
-                "choices": {"score": [str(score) for score in Score]},
+                "choices": {
+                    "score": [str(score) for score in Score],
+                    "method": [str(method) for method in locator.methods],
+                },
                 "limits": {
                     "max_bytes": settings.max_bytes,
                     "max_pixels": settings.max_pixels,

@@ -73,12 +73,12 @@ class EventStream(Response):
             await self._leave()
 
 
-async def _next(queue: asyncio.Queue[bytes], *ends: asyncio.Future[None]) -> bytes:
+async def _next(queue: asyncio.Queue[bytes], *ends: asyncio.Future[Any]) -> bytes:
     """Return what is to be sent next, a comment that keeps the connection when there is nothing for long."""
-    getting = asyncio.ensure_future(queue.get())
+    getting: asyncio.Future[Any] = asyncio.ensure_future(queue.get())
     done, _ = await asyncio.wait((getting, *ends), timeout=_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
     if getting in done:
-        return getting.result()
+        return bytes(getting.result())
     getting.cancel()
     return b"" if done else b": still here\n\n"
 

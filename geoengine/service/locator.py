@@ -13,13 +13,15 @@ import numpy as np
 
 from geoengine.engine.batching import KEPT_EMBEDDINGS, SharedEncoders
 from geoengine.engine.engine import GeoEngine
-from geoengine.engine.errors import GeoEngineError, TileError
+from geoengine.engine.errors import BundleError, GeoEngineError, TileError
+from geoengine.engine.geoclip import no_map_encoders
 from geoengine.engine.index.known_rows import KnownRows
 from geoengine.engine.index.memory_rows import MemoryRows
 from geoengine.engine.index.tile_index import MANIFEST as INDEX_MANIFEST
 from geoengine.engine.manifest import MANIFEST, PHOTO, encoder_name, model_name
 from geoengine.engine.photos import Photo, PhotoLimits, read_photo
 from geoengine.engine.results import Level, Location
+from geoengine.engine.scoring.kinds import Method
 from geoengine.engine.search import SearchConfig, levels_of
 from geoengine.engine.shared_search import SharedSearch
 from geoengine.engine.tiles import Tile
@@ -53,6 +55,7 @@ class Locator:
             index=settings.index,
         )
         self.levels = self._offered_levels()
+        self.methods = tuple(Method) if self.engine.bundle.has_geoclip else (Method.tiles,)
         self.rows = self._keep_rows()
         self._warm_up()
         self.shared = SharedEncoders(
@@ -70,6 +73,8 @@ class Locator:
 
     def _offered_levels(self) -> tuple[int, ...]:
         """Return the levels that may be searched: those of encoders and tiles, no finer than is allowed."""
+        if not self.engine.bundle.levels:
+            raise BundleError(no_map_encoders(self.engine.bundle))
         levels = levels_of(self.engine.source, self.engine.bundle.levels)
         offered = tuple(zoom for zoom in levels if zoom <= self.deepest)
         if not offered:
@@ -95,6 +100,9 @@ class Locator:
         self.engine.backend.encode_mixed(
             [(encoder, np.zeros((1, side, side, 3), np.uint8)) for encoder, side in sides.items()]
         )
+
+        if self.engine.bundle.has_geoclip:
+            self.engine.geoclip()
 
     def close(self) -> None:
         """End all searches, and close the engine."""
@@ -125,11 +133,12 @@ class Locator:
         """Read a photo and keep what the encoder sees; raises GeoEngineError for what cannot be done."""
 
         def work() -> tuple[Photo, SearchConfig]:
-            config = parameters.config(self.levels, self.settings.max_k)
+            config = parameters.config(self.levels, self.methods, self.settings.max_k)
             self.engine.check_region(config.within)
             check_work(config, self.engine.source, self.settings.max_tiles)
             start = time.perf_counter()
-            prepared = self.engine.prepare(read_photo(bytes(photo), limits=self._limits, name=_NAME))
+            read = read_photo(bytes(photo), limits=self._limits, name=_NAME)
+            prepared = self.engine.prepare(read, method=config.method)
             self._metrics.stage("decode", time.perf_counter() - start)
             return prepared, config
 

@@ -12,7 +12,7 @@ from geoengine.commands.levels import parse_levels
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.regions import Region, RegionError, parse_given_region
 from geoengine.engine.regions.box import searched_area
-from geoengine.engine.scoring.kinds import Objective, Score
+from geoengine.engine.scoring.kinds import Method, Objective, Score
 from geoengine.engine.search import SearchConfig, levels_of
 from geoengine.engine.sources import TileSource
 from geoengine.service.problems import Problem
@@ -39,6 +39,10 @@ class Parameters(BaseModel):
             max_length=256 << 10,
         ),
     ] = None
+    method: Annotated[
+        Method,
+        Field(description="What is asked: map tiles, and with some services GeoCLIP in several ways."),
+    ] = Method.tiles
     score: Annotated[
         Score | None, Field(description="What ranks tiles; by default the best that the encoders allow.")
     ] = None
@@ -57,11 +61,13 @@ class Parameters(BaseModel):
         ),
     ] = "best-tile"
 
-    def config(self, levels: tuple[int, ...], max_k: int) -> SearchConfig:
-        """Return the search; `levels` are those that may be asked for. Raises GeoEngineError."""
+    def config(self, levels: tuple[int, ...], methods: tuple[Method, ...], max_k: int) -> SearchConfig:
+        """Return the search; `levels` and `methods` are those that are offered. Raises GeoEngineError."""
         for name, value in (("k", self.k), ("top", self.top), ("quota", self.quota)):
             if value is not None and value > max_k:
                 raise GeoEngineError(f"{name} must be at most {max_k} here")
+        if self.method not in methods:
+            raise GeoEngineError(f"method {self.method} is not offered here: there are {', '.join(methods)}")
         chosen = levels if self.levels is None else parse_levels(self.levels)
         unknown = [zoom for zoom in chosen if zoom not in levels]
         if unknown:
@@ -73,6 +79,7 @@ class Parameters(BaseModel):
             levels=chosen,
             top=self.top,
             within=None if self.within is None else parse_given_region(self.within),
+            method=self.method,
             score=self.score,
             quota=self.quota,
             centred=self.centred,
@@ -105,6 +112,8 @@ def wrong_parameter(errors: Iterable[Any]) -> Problem:
 
 def check_work(config: SearchConfig, source: TileSource, max_tiles: int) -> None:
     """Raise GeoEngineError for a search of more than `max_tiles` tiles, and for a region without any."""
+    if not config.method.searches:
+        return
     levels = levels_of(source, config.levels, overzoom=config.overzoom)
     area = searched_area(source, config.within)
     first = 4 ** levels[0]
