@@ -72,7 +72,7 @@ def measure(tiles: NDArray[np.uint8], photos: NDArray[np.uint8], batch: int, rou
         }
         for name, speed in speeds.items()
     ]
-    return {"model": MODEL, "batch": batch, "rounds": rounds, "machine": _machine(), "rows": rows}
+    return {"model": MODEL, "batch": batch, "rounds": rounds, "machine": machine(), "rows": rows}
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -343,7 +343,8 @@ def _images_per_second(
     return {name: len(pictures) / statistics.median(own) for name, own in times.items()}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured with and on."""
     import onnxruntime
     import openvino
     import torch

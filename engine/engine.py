@@ -164,14 +164,16 @@ class GeoEngine:
         photos: Sequence[PhotoSource],
         *,
         config: SearchConfig = DEFAULT_CONFIG,
+        method: Method | str | None = None,
         progress: Progress | None = None,
         on_level: LevelDone | None = None,
     ) -> list[Location]:
         """Return where each photo may have been taken, in the order of the photos.
 
         Photos of one call share the tiles that they have in common, and each result is the one that the photo
-        would have got alone. `progress` and `on_level` are called as `Progress` and `LevelDone` say; with
-        `Method.geoclip`, which has no levels, they are not.
+        would have got alone. `method`, a `Method` or its name, takes the place of the configuration's. `progress`
+        and `on_level` are called as `Progress` and `LevelDone` say; with `Method.geoclip`, which has no levels,
+        they are not.
 
         Raises PhotoError for a photo that cannot be read (use `read_photo` first to go on with the others),
         TileError for a level without an encoder, BundleError for a method that needs a GeoCLIP that is not
@@ -179,6 +181,8 @@ class GeoEngine:
         """
         if isinstance(photos, str | bytes | os.PathLike | np.ndarray | Photo):
             raise TypeError(f"locate takes a list of photos, got one {type(photos).__name__}")
+        if method is not None:
+            config = replace(config, method=Method.parse(method))
         self.check_region(config.within)
         if not config.method.searches:
             return self._locate_in_gallery(photos, config)

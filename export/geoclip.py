@@ -20,7 +20,7 @@ from geoengine.engine.manifest import MANIFEST, PHOTO, GeoClipFiles
 from geoengine.engine.sources import fingerprint
 from geoengine.export.build import build_bundle
 from geoengine.export.check import Progress, Steps
-from geoengine.export.checkpoints import load_clip_encoders
+from geoengine.export.checkpoints import RANDOM, load_clip_encoders
 from geoengine.export.config import BuildConfig
 from geoengine.export.encoders import EncoderSet
 from geoengine.export.geoclip_check import REFERENCE, check_geoclip, check_points
@@ -32,13 +32,18 @@ from geoengine.export.towers import TowerAndPerceptron
 from geoengine.export.work import Work
 
 CLIP_MODEL = "ViT-L-14-quickgelu"
-"""The image encoder that GeoCLIP was trained on, with OpenAI's weights, as open_clip names it."""
+"""The image encoder that GeoCLIP was trained on, as open_clip names it."""
+
+CLIP_WEIGHTS = "openai"
+"""And its weights; with others the image head means nothing."""
 
 _LOCATION, _POINTS, _EMBEDDINGS = "onnx/location.fp32.onnx", "gallery.points.npy", "gallery.embeddings.npy"
 _CHUNK = 4096  # points between two steps of the progress bar
 
 
-def build_geoclip(config: BuildConfig, clip: str = "openai", progress: Progress | None = None) -> BuildReport:
+def build_geoclip(
+    config: BuildConfig, clip: str = CLIP_WEIGHTS, progress: Progress | None = None
+) -> BuildReport:
     """Build GeoCLIP's bundle in the folder of the bundle `config.out`, whether there is one or not.
 
     The weights of location encoder and image head, and the gallery's points, are those of the installed
@@ -61,6 +66,11 @@ def build_geoclip(config: BuildConfig, clip: str = "openai", progress: Progress 
 
 def geoclip_encoders(package: GeoClipPackage, clip: str) -> EncoderSet:
     """Return GeoCLIP's photo encoder: CLIP's image encoder, and the package's perceptron on top."""
+    if clip not in (CLIP_WEIGHTS, RANDOM) and not Path(clip).is_file():
+        raise ExportError(
+            f"--geoclip-clip takes {CLIP_WEIGHTS} (the weights that GeoCLIP was trained on), a file of them, "
+            f"or {RANDOM}, and {clip!r} is none of these"
+        )
     try:
         loaded = load_clip_encoders(model=CLIP_MODEL, pretrained=clip, levels=())
     except ExportError as error:

@@ -205,7 +205,7 @@ def test_centres_are_computed_once_and_kept_on_the_disk(alone, tmp_path, monkeyp
 
 def test_geoclip_alone_needs_no_tiles(alone):
     with GeoEngine.open(alone, backend="onnxruntime-cpu", threads=1) as engine:
-        found = engine.locate(photos(2), config=SearchConfig(method=Method.geoclip, top=3))
+        found = engine.locate(photos(2), config=SearchConfig(top=3), method="geoclip")
         best = engine.geoclip().best(engine.geoclip().embed(photos(2)), 3)
         for location, matches in zip(found, best, strict=True):
             assert location.levels == ()
@@ -214,6 +214,8 @@ def test_geoclip_alone_needs_no_tiles(alone):
             assert location.radius_km == matches.radius_km(2 / 3)
             assert location.radius_for(0.5) == matches.radius_km(0.5)
             assert location.model.startswith("GeoCLIP")
+        with pytest.raises(GeoEngineError, match="a method is tiles, geoclip, joined, fused, got 'geo'"):
+            engine.locate(photos(1), method="geo")
         with pytest.raises(BundleError, match="no map encoders: locate with --method geoclip"):
             engine.locate(photos(1))
 

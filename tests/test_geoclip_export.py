@@ -256,8 +256,9 @@ def test_clip_must_fit_the_image_head(tmp_path, monkeypatch):
     package = use_small_geoclip(monkeypatch, tmp_path, features=25)
     with pytest.raises(ExportError, match="gives 24 numbers, and GeoCLIP's image head takes 25"):
         geoclip.geoclip_encoders(package, "none")
-    with pytest.raises(ExportError, match=r"lost\.safetensors does not exist"):
-        geoclip.geoclip_encoders(package, str(tmp_path / "lost.safetensors"))
+    for other in (str(tmp_path / "lost.safetensors"), "dfn2b"):
+        with pytest.raises(ExportError, match=r"takes openai .* a file of them, or none, and .* is none of"):
+            geoclip.geoclip_encoders(package, other)
 
 
 def test_the_package_must_be_there(monkeypatch):

@@ -36,6 +36,14 @@ class Method(StrEnum):
     joined = "joined"
     fused = "fused"
 
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """Return the method of a name; raises GeoEngineError for an unknown one."""
+        try:
+            return cls(name)
+        except ValueError:
+            raise GeoEngineError(f"a method is {', '.join(cls)}, got {name!r}") from None
+
     @property
     def searches(self) -> bool:
         """Whether it searches map tiles."""

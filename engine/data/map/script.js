@@ -272,6 +272,7 @@ function showPhoto(i) {
   byId("banner").hidden = photo.world !== "planet";
   byId("note").textContent = photo.note;
   byId("credit").textContent = photo.attribution || (photo.tiles && `tiles: ${photo.tiles}`);
+  byId("credit").hidden = !byId("credit").textContent;
   byId("point").firstElementChild.textContent = degrees(photo.latitude, photo.longitude);
   const facts = byId("facts");
   facts.replaceChildren();

@@ -1,0 +1,127 @@
+"""What a photo costs with GeoCLIP: embedding it, comparing it with the gallery, and saying what tiles hold.
+
+Run as `python -m geoengine.bench.geoclip engines/` on a bundle that `build-engines --geoclip` made; random
+weights of CLIP do for timing. All figures are medians of interleaved rounds in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geoengine.bench.encoders_cpu import machine
+from geoengine.engine.backends import BACKENDS, open_backend
+from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.errors import BackendError, BundleError
+from geoengine.engine.geoclip import GeoClip
+from geoengine.engine.geoclip.evidence import TileCentres
+from geoengine.engine.manifest import PHOTO, model_name
+from geoengine.engine.tiles import all_xy, descendants_xy
+
+_CANDIDATES = 256  # tiles of a level at k = 16
+
+
+def measure(bundle: EngineBundle, rounds: int) -> dict[str, Any]:
+    """Time all parts; returns JSON-ready figures, times in seconds, sizes in bytes."""
+    own = bundle.geoclip()
+    if own is None:
+        raise BundleError(f"{bundle.path} has no GeoCLIP: `geoengine build-engines --geoclip` adds it")
+    geoclip = GeoClip.open(own, backend="auto")
+    query = _unit(own.embed_dim)
+    parts = {name: statistics.median(times) for name, times in _parts(geoclip, query, rounds).items()}
+    files = {name: entry.bytes for name, entry in own.manifest.files.items()}
+    return {
+        "model": model_name(own.manifest),
+        "machine": machine(),
+        "rounds": rounds,
+        "gallery_points": len(geoclip.gallery.points),
+        "photo_s": _photo_seconds(own, rounds),
+        "parts_s": parts,
+        "gallery_speedup": parts["encode the gallery again"] / parts["compare with the gallery"],
+        "bytes": files | {"all": sum(files.values())},
+    }
+
+
+def _parts(geoclip: GeoClip, query: NDArray[np.float32], rounds: int) -> dict[str, list[float]]:
+    """Time what happens to a photo's embedding, round by round."""
+    bundle, zero = geoclip.bundle, np.array([0])
+    coarse, fine = all_xy(4), descendants_xy(all_xy(2)[:16], 2, 4)[:_CANDIDATES]
+
+    def centres() -> None:
+        TileCentres(bundle, geoclip.locations, None).embed(10, coarse + 300)
+
+    evidence = geoclip.evidence(query)
+    evidence.log_probability(zero, 10, fine)
+    work: dict[str, Callable[[], object]] = {
+        "compare with the gallery": lambda: geoclip.best(query, 5),
+        # What the published package does at every call, here by our own encoder.
+        "encode the gallery again": lambda: geoclip.locations.embed_plain(geoclip.gallery.points),
+        "make the evidence": lambda: geoclip.evidence(query),
+        f"evidence of {_CANDIDATES} tiles, zoom 4": lambda: evidence.log_probability(zero, 4, coarse),
+        f"evidence of {_CANDIDATES} known tiles, zoom 10": lambda: evidence.log_probability(zero, 10, fine),
+        f"embed {_CANDIDATES} tile centres": centres,
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, run in work.items():
+            times[name].append(_seconds(run))
+    return times
+
+
+def _photo_seconds(bundle: EngineBundle, rounds: int) -> dict[str, float]:
+    """Time one photo, alone, on every backend and variant that runs here."""
+    picture = np.random.default_rng(0).integers(
+        0, 256, (1, bundle.image_size, bundle.image_size, 3), np.uint8
+    )
+    found = {}
+    for name in BACKENDS:
+        for variant in bundle.variants:
+            try:
+                backend = open_backend(bundle, backend=name, precision=variant)
+            except BackendError:
+                continue
+            try:
+                backend.encode(PHOTO, picture)  # loads the graphs
+                times = [_seconds(partial(backend.encode, PHOTO, picture)) for _ in range(rounds)]
+                found[f"{name} {variant}"] = statistics.median(times)
+            finally:
+                backend.close()
+    return found
+
+
+def _unit(width: int) -> NDArray[np.float32]:
+    row = np.random.default_rng(0).normal(size=(1, width)).astype(np.float32)
+    return np.asarray(row / np.linalg.norm(row), dtype=np.float32)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure a bundle, print the figures, and write them as JSON with --out."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    text = json.dumps(measure(EngineBundle.open(options.bundle), options.rounds), indent=2) + "\n"
+    print(text, end="")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
