@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from geoengine.engine.errors import BundleError, GeoEngineError
 from geoengine.engine.manifest import Manifest, encoder_name
+from geoengine.engine.scoring.kinds import Score
 
 CALIBRATION = "calibration.json"
 SCHEMA = 1
@@ -75,10 +76,10 @@ STATED_SHARES = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """The fit of one kind of search: its levels by zoom, and its radii by increasing beam width."""
+    """The fit of one kind of search: its levels by zoom, and for each score its radii by beam width."""
 
     levels: Mapping[int, LevelFit]
-    radii: tuple[RadiusFit, ...] = ()
+    radii: Mapping[Score, tuple[RadiusFit, ...]] = field(default_factory=dict)
 
     def level(self, zoom: int) -> LevelFit:
         """Return the fit of a level; raises GeoEngineError where there is none."""
@@ -88,19 +89,25 @@ class Fit:
         return self.levels[zoom]
 
 
+def kind_of(*, centred: bool, evidence: Iterable[str] = ()) -> str:
+    """Return the name of a kind of search: "plain", "centred", "centred+geoclip" and so on."""
+    return "+".join(["centred" if centred else "plain", *sorted(evidence)])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Calibration:
-    """The fits of a bundle. `centred` is of cosines to tile embeddings from which `means` were subtracted.
+    """The fits of a bundle by kind of search, as `kind_of` names them; "plain" is always there.
 
-    `means` maps zooms to the mean embedding of their tiles, float32[d]. `encoders` is the hash of the
-    encoders, "" for `assumed`; `photos`, `dataset` and `seed` say what it was fitted on, for people.
+    `means` maps zooms to the mean embedding of their tiles, float32[d], which a centred search subtracts.
+    `encoders` is the hash of the encoders, "" for `assumed`. `dataset`, `photos` and `seed` say on what it
+    was fitted, for people; `identity` tells the set of photos from others.
     """
 
-    plain: Fit
-    centred: Fit | None = None
+    fits: Mapping[str, Fit]
     means: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
     encoders: str = ""
     dataset: str = ""
+    identity: str = ""
     photos: int = 0
     seed: int = 0
 
@@ -108,7 +115,7 @@ class Calibration:
     def assumed(cls, manifest: Manifest) -> Calibration:
         """Return what is taken where nothing was fitted: the training's logit scales, all weights 1."""
         levels = {zoom: LevelFit(scale=manifest.logit_scale[encoder_name(zoom)]) for zoom in manifest.levels}
-        return cls(plain=Fit(levels=levels))
+        return cls(fits={"plain": Fit(levels=levels)})
 
     @classmethod
     def read(cls, folder: Path, encoders: str) -> Calibration | None:
@@ -148,10 +155,10 @@ class Calibration:
             "geoengine": version("geoengine"),
             "encoders": self.encoders,
             "dataset": self.dataset,
+            "identity": self.identity,
             "photos": self.photos,
             "seed": self.seed,
-            "plain": _fit_to_json(self.plain),
-            "centred": None if self.centred is None else _fit_to_json(self.centred),
+            "fits": {kind: _fit_to_json(fit) for kind, fit in self.fits.items()},
             "means": {
                 str(zoom): base64.b64encode(mean.astype("<f4").tobytes()).decode("ascii")
                 for zoom, mean in self.means.items()
@@ -165,15 +172,17 @@ class Calibration:
             raise ValueError(f"this version reads schema {SCHEMA}, got {schema!r:.40}")
         if data.pop("checksum", None) != _checksum(data):
             raise ValueError("it is damaged: its checksum is not the one in it")
+        if "plain" not in data["fits"]:
+            raise ValueError("it has no fit of plain searches")
         return cls(
-            plain=_fit_from_json(data["plain"]),
-            centred=None if data["centred"] is None else _fit_from_json(data["centred"]),
+            fits={kind: _fit_from_json(fit) for kind, fit in data["fits"].items()},
             means={
                 int(zoom): np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
                 for zoom, text in data["means"].items()
             },
             encoders=str(data["encoders"]),
             dataset=str(data["dataset"]),
+            identity=str(data["identity"]),
             photos=int(data["photos"]),
             seed=int(data["seed"]),
         )
@@ -183,13 +192,15 @@ class Calibration:
         """Whether it was fitted on photos."""
         return bool(self.encoders)
 
-    def fit(self, *, centred: bool) -> Fit:
-        """Return the fit of plain or of centred cosines; raises GeoEngineError where there is none."""
-        if not centred:
-            return self.plain
-        if self.centred is None:
+    def fit(self, *, centred: bool, evidence: Iterable[str] = ()) -> Fit:
+        """Return the fit of a kind of search, or that without the evidence if only that is known.
+
+        Raises GeoEngineError for centred cosines where they were not fitted.
+        """
+        alone = kind_of(centred=centred)
+        if alone not in self.fits:
             raise GeoEngineError(NOT_CENTRED)
-        return self.centred
+        return self.fits.get(kind_of(centred=centred, evidence=evidence), self.fits[alone])
 
     def mean(self, zoom: int) -> NDArray[np.float32]:
         """Return the mean embedding of a zoom's tiles, float32[d]; raises GeoEngineError without one."""
@@ -204,33 +215,39 @@ def _checksum(data: dict[str, Any]) -> str:
 
 
 def _fit_to_json(fit: Fit) -> dict[str, Any]:
-    levels = {str(zoom): asdict(level) for zoom, level in sorted(fit.levels.items())}
-    return {"levels": levels, "radii": [asdict(radius) for radius in fit.radii]}
+    return {
+        "levels": {str(zoom): asdict(level) for zoom, level in sorted(fit.levels.items())},
+        "radii": {str(score): [asdict(radius) for radius in radii] for score, radii in fit.radii.items()},
+    }
 
 
 def _fit_from_json(data: dict[str, Any]) -> Fit:
-    levels = {}
-    for zoom, level in data["levels"].items():
-        evidence = {str(name): _finite(value) for name, value in level["evidence"].items()}
-        levels[int(zoom)] = LevelFit(
-            scale=_finite(level["scale"]),
-            weight=_finite(level["weight"]),
-            inherited=_finite(level["inherited"]),
-            among=Among(level["among"]),
-            evidence=evidence,
-        )
-    radii = tuple(
-        RadiusFit(
-            k=int(radius["k"]),
-            sharpness=_finite(radius["sharpness"]),
-            elsewhere=_finite(radius["elsewhere"]),
-            shares=tuple(map(_finite, radius["shares"])),
-        )
-        for radius in data["radii"]
+    return Fit(
+        levels={int(zoom): _level_from_json(level) for zoom, level in data["levels"].items()},
+        radii={Score(score): tuple(map(_radius_from_json, radii)) for score, radii in data["radii"].items()},
     )
-    if any(len(radius.shares) != len(STATED_SHARES) for radius in radii):
-        raise ValueError(f"each radius must have {len(STATED_SHARES)} shares")
-    return Fit(levels=levels, radii=radii)
+
+
+def _level_from_json(data: dict[str, Any]) -> LevelFit:
+    return LevelFit(
+        scale=_finite(data["scale"]),
+        weight=_finite(data["weight"]),
+        inherited=_finite(data["inherited"]),
+        among=Among(data["among"]),
+        evidence={str(name): _finite(value) for name, value in data["evidence"].items()},
+    )
+
+
+def _radius_from_json(data: dict[str, Any]) -> RadiusFit:
+    shares = tuple(map(_finite, data["shares"]))
+    if len(shares) != len(STATED_SHARES):
+        raise ValueError(f"each radius must have {len(STATED_SHARES)} shares, got {len(shares)}")
+    return RadiusFit(
+        k=int(data["k"]),
+        sharpness=_finite(data["sharpness"]),
+        elsewhere=_finite(data["elsewhere"]),
+        shares=shares,
+    )
 
 
 def _finite(value: Any) -> float:  # noqa: ANN401 - whatever the file holds

@@ -313,8 +313,8 @@ class GeoEngine:
     ) -> Location:
         manifest = self.bundle.manifest
         of_path = config.score is Score.path
-        fit = calibration.fit(centred=config.centred) if of_path else None
-        radius = nearest_radius(fit, config.k)
+        fit = calibration.fit(centred=config.centred) if calibration.fitted else None
+        radius = None if fit is None else nearest_radius(fit, config.score or Score.paper, config.k)
         found = answer(
             levels,
             top=config.top,

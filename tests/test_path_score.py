@@ -32,7 +32,7 @@ def calibration(levels=LEVELS, *, means=None, evidence=None, among=Among.candida
         for i, zoom in enumerate(levels)
     }
     fit = Fit(levels=fits)
-    return Calibration(plain=fit, centred=None if means is None else fit, means=means or {})
+    return Calibration(fits={"plain": fit, "centred": fit} if means else {"plain": fit}, means=means or {})
 
 
 def search(queries, source=None, *, k=3, levels=LEVELS, fits=None, score=Score.path, **settings):
@@ -55,7 +55,7 @@ def brute_force(query, k, fits, levels=LEVELS, *, missing=lambda tile: False, qu
     groups = [(0.0, [Tile(levels[0], x, y) for x in range(n) for y in range(n)])]
     result = []
     for zoom in levels:
-        fit, ranked = fits.plain.level(zoom), []
+        fit, ranked = fits.fits["plain"].level(zoom), []
         for place, (before, tiles) in enumerate(groups):
             there = [tile for tile in tiles if not missing(tile)]
             logits = [fit.scale * float(hashed_encode("", picture(tile))[0] @ query) for tile in there]
@@ -149,7 +149,7 @@ def test_a_tile_inherits_what_its_parents_scored():
             rows.append([cosine, math.sqrt(1 - cosine**2)])
         return np.float32(rows)
 
-    fits = Calibration(plain=Fit(levels={z: LevelFit(scale=10.0) for z in (1, 3)}))
+    fits = Calibration(fits={"plain": Fit(levels={z: LevelFit(scale=10.0) for z in (1, 3)})})
     answers = {}
     for score in Score:
         config = SearchConfig(k=4, levels=(1, 3), score=score)

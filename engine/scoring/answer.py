@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from geoengine.engine.calibration import STATED_SHARES, Fit, RadiusFit
 from geoengine.engine.results import Candidate, Level, ScoredTile
-from geoengine.engine.scoring.kinds import Objective
+from geoengine.engine.scoring.kinds import Objective, Score
 from geoengine.engine.scoring.mass import Mass, by_mass_within, softmax_shares
 from geoengine.engine.tiles import Tile, center, centers, great_circle_km_array, half_diagonal_km, parent
 
@@ -87,11 +88,10 @@ def answer(
     )
 
 
-def nearest_radius(fit: Fit | None, k: int) -> RadiusFit | None:
+def nearest_radius(fit: Fit, score: Score, k: int) -> RadiusFit | None:
     """Return the radius that was fitted for the beam width nearest to k, in octaves; None without any."""
-    if fit is None or not fit.radii:
-        return None
-    return min(fit.radii, key=lambda radius: abs(np.log2(radius.k / k)))
+    radii = fit.radii.get(score, ())
+    return min(radii, key=lambda radius: abs(math.log2(radius.k / k)), default=None)
 
 
 def uncertainty_radius_km(

@@ -6,15 +6,24 @@ tile; a part `elsewhere` is spread evenly over the whole world, for places that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.engine.results import Level
-from geoengine.engine.tiles import EARTH_RADIUS_KM, LngLat, centers, descendants_xy, great_circle_km_array
+from geoengine.engine.tiles import (
+    EARTH_RADIUS_KM,
+    LngLat,
+    centers,
+    descendants_xy,
+    great_circle_km_array,
+    half_diagonal_km,
+)
 
-_SPREAD_ZOOMS = 3  # a tile's share lies at the centres of its 8 x 8 parts: to 6 % of its side
+_SPREAD_ZOOMS = 3  # a tile's share lies in 8 x 8 parts
+_HALVINGS = 60
 
 Floats = NDArray[np.float64]
 
@@ -23,7 +32,8 @@ Floats = NDArray[np.float64]
 class Mass:
     """How much of the probability lies within each distance of one point.
 
-    `distances_km`, float64[n], increase, and `within`, float64[n], is what of the beam lies up to there.
+    What of the beam lies within `distances_km`, float64[n] and increasing, is `within`, float64[n]; between
+    two of them it grows evenly. `elsewhere` is spread over the whole world.
     """
 
     distances_km: Floats
@@ -33,34 +43,46 @@ class Mass:
     @classmethod
     def around(cls, point: LngLat, level: Level, shares: Floats, *, elsewhere: float = 0.0) -> Mass:
         """Return the mass around a point, of a level whose beam has these shares, float64[beam], sum 1."""
-        xy = np.array([scored.tile[1:] for scored in level.beam], dtype=np.int64)
+        tiles = [scored.tile for scored in level.beam]
         deep = level.zoom + _SPREAD_ZOOMS
-        parts = centers(deep, descendants_xy(xy, level.zoom, deep))
+        parts = centers(deep, descendants_xy([tile[1:] for tile in tiles], level.zoom, deep))
         each = 4**_SPREAD_ZOOMS
-        distances = great_circle_km_array(point.lng, point.lat, parts[:, 0], parts[:, 1])
-        order = np.argsort(distances, kind="stable")
-        within = np.cumsum(np.repeat(shares / each, each)[order])
-        return cls(distances[order], within, elsewhere)
+        middle = great_circle_km_array(point.lng, point.lat, parts[:, 0], parts[:, 1])
+        # A part is met evenly from its near to its far corner: a step at its centre would be too coarse.
+        half = np.repeat([half_diagonal_km(tile) / 2**_SPREAD_ZOOMS for tile in tiles], each)
+        near, far = np.maximum(middle - half, 0.0), middle + half
+        slope = np.repeat(shares / each, each) / (far - near)
+        knots = np.concatenate([near, far])
+        order = np.argsort(knots, kind="stable")
+        knots, change = knots[order], np.concatenate([slope, -slope])[order]
+        grown = np.cumsum(change)[:-1] * np.diff(knots)
+        return cls(knots, np.concatenate([[0.0], np.cumsum(grown)]), elsewhere)
 
     def share(self, km: float) -> float:
         """Return the share of the probability that lies within a distance, 0 to 1."""
-        at = int(np.searchsorted(self.distances_km, km, side="right"))
-        beam = float(self.within[at - 1]) if at else 0.0
-        return (1 - self.elsewhere) * beam + self.elsewhere * float(_cap_share(km))
+        beam = float(np.interp(km, self.distances_km, self.within))
+        return (1 - self.elsewhere) * beam + self.elsewhere * _cap_share(km)
 
     def radius_km(self, share: float) -> float:
         """Return the smallest distance within which a share of the probability lies, 0 to 1."""
-        beam = (1 - self.elsewhere) * self.within
-        reached = beam + self.elsewhere * _cap_share(self.distances_km)
-        # The sum of shares may come out an ulp short.
-        at = int(np.searchsorted(reached, share - 1e-12))
-        before = float(beam[at - 1]) if at else 0.0
-        there = float(self.distances_km[at]) if at < len(beam) else np.pi * EARTH_RADIUS_KM
-        if self.elsewhere <= 0 or share <= before:
-            return min(there, float(self.distances_km[min(at, len(beam) - 1)]))
-        # Between two parts of tiles only what lies elsewhere grows.
-        fraction = min(1.0, (share - before) / self.elsewhere)
-        return min(there, float(EARTH_RADIUS_KM * np.arccos(1 - 2 * fraction)))
+        caps = (1 - np.cos(self.distances_km / EARTH_RADIUS_KM)) / 2
+        reached = (1 - self.elsewhere) * self.within + self.elsewhere * caps
+        at = int(np.searchsorted(reached, share))
+        low = float(self.distances_km[at - 1]) if at else 0.0
+        high = float(self.distances_km[at]) if at < len(reached) else math.pi * EARTH_RADIUS_KM
+        if self.elsewhere <= 0 and at == len(reached):
+            return low  # the sum of all shares came out an ulp short
+        start, width = low, high - low
+        before = float(self.within[at - 1]) if at else 0.0
+        growth = (float(self.within[at]) - before if at < len(reached) else 0.0) / (width or 1.0)
+        for _ in range(_HALVINGS):  # what lies elsewhere grows with the cosine, the rest evenly
+            middle = (low + high) / 2
+            beam = before + growth * (middle - start)
+            if (1 - self.elsewhere) * beam + self.elsewhere * _cap_share(middle) >= share:
+                high = middle
+            else:
+                low = middle
+        return high
 
 
 def softmax_shares(level: Level, sharpness: float) -> Floats:
@@ -86,6 +108,6 @@ def by_mass_within(level: Level, shares: Floats, radius_km: float) -> NDArray[np
     return np.argsort(-np.round(mass, 12), kind="stable")
 
 
-def _cap_share(km: Floats | float) -> Floats:
+def _cap_share(km: float) -> float:
     """Return the part of the sphere within a distance of a point."""
-    return np.asarray((1 - np.cos(np.asarray(km) / EARTH_RADIUS_KM)) / 2)
+    return (1 - math.cos(km / EARTH_RADIUS_KM)) / 2

@@ -66,7 +66,7 @@ class Rules:
         """The fit of these rules' cosines; None for the paper's score."""
         if self.score is not Score.path or self.calibration is None:
             return None
-        return self.calibration.fit(centred=self.centred)
+        return self.calibration.fit(centred=self.centred, evidence=[source.name for source in self.evidence])
 
     def mean(self, zoom: int) -> NDArray[np.float32] | None:
         """Return the mean embedding that is subtracted at a zoom, if any; raises GeoEngineError."""
