@@ -42,11 +42,12 @@ class EngineBundle:
     calibration: Calibration | None = field(default=None, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = True) -> EngineBundle:
+    def open(cls, path: str | Path, *, verify: bool = True, calibrated: bool = True) -> EngineBundle:
         """Open a bundle folder, or "planet" for the one that the package brings.
 
         Presence and size of every file are always checked; `verify=False` leaves out the SHA-256, which
-        costs about a second per gigabyte. Raises BundleError naming the folder, what is wrong and what to do.
+        costs about a second per gigabyte. `calibrated=False` leaves out the calibration, which may be that of
+        an older bundle. Raises BundleError naming the folder, what is wrong and what to do.
         """
         folder = resolve_bundle(path)
         if not (folder / MANIFEST).is_file() and (folder / GEOCLIP / MANIFEST).is_file():
@@ -63,14 +64,15 @@ class EngineBundle:
                 _check_file(folder, name, entry, verify)
             except (OSError, ValueError) as error:
                 raise BundleError(f"engine bundle {folder}: {error}; {_remedy(folder)}") from error
-        return cls(folder, manifest, Calibration.read(folder, encoder_hash(manifest)))
+        calibration = Calibration.read(folder, encoder_hash(manifest)) if calibrated else None
+        return cls(folder, manifest, calibration)
 
     def check_unchanged(self) -> None:
         """Raise BundleError when another bundle has been put in the place of this one since it was opened.
 
         To be asked after a file was read: encoders of two bundles would go together without an error.
         """
-        if EngineBundle.open(self.path, verify=False).manifest.files != self.manifest.files:
+        if EngineBundle.open(self.path, verify=False, calibrated=False).manifest.files != self.manifest.files:
             raise BundleError(
                 f"engine bundle {self.path} has been replaced by another one while it was in use: "
                 "run the command again"

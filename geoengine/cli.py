@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from geoengine.commands import build_engines, doctor, evaluate, index, locate, prepare, serve, tiles, train
+from geoengine.commands import (
+    build_engines,
+    calibrate,
+    doctor,
+    evaluate,
+    index,
+    locate,
+    prepare,
+    serve,
+    tiles,
+    train,
+)
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -20,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(locate.locate)
 app.command()(build_engines.build_engines)
+app.command()(calibrate.calibrate)
 app.command()(doctor.doctor)
 app.command()(serve.serve)
 app.add_typer(index.app, name="index")
