@@ -171,9 +171,9 @@ class GeoEngine:
         """Return where each photo may have been taken, in the order of the photos.
 
         Photos of one call share the tiles that they have in common, and each result is the one that the photo
-        would have got alone. `method`, a `Method` or its name, takes the place of the configuration's. `progress`
-        and `on_level` are called as `Progress` and `LevelDone` say; with `Method.geoclip`, which has no levels,
-        they are not.
+        would have got alone. `method`, a `Method` or its name, takes the place of the configuration's.
+        `progress` and `on_level` are called as `Progress` and `LevelDone` say; with `Method.geoclip`, which
+        has no levels, they are not.
 
         Raises PhotoError for a photo that cannot be read (use `read_photo` first to go on with the others),
         TileError for a level without an encoder, BundleError for a method that needs a GeoCLIP that is not
