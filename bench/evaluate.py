@@ -12,25 +12,32 @@ from typing import Any, TypeAlias
 from geoengine.bench.accuracy import errors_km
 from geoengine.bench.evaluate_rows import PhotoRow, Results, Setting
 from geoengine.bench.truth import TruthPhoto, TruthSet
-from geoengine.engine.calibration import STATED_SHARES
+from geoengine.engine.calibration import CALIBRATION, STATED_SHARES
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BundleError, GeoEngineError, PhotoError
+from geoengine.engine.manifest import encoder_hash
 from geoengine.engine.photos import Photo
 from geoengine.engine.results import Location
+from geoengine.engine.scoring.kinds import Method
 from geoengine.engine.search import SearchConfig, levels_of
 from geoengine.engine.tiles import tile_at
 
 PHOTOS_PER_CALL = 25
 """Photos located together by default, so that the tiles they share are read and encoded once."""
 
-EvaluationProgress: TypeAlias = Callable[[int, int], None]
-"""(searches done, searches in all); a search is one photo with one setting."""
+EvaluationProgress: TypeAlias = Callable[[str, int, int], None]
+"""(what is being done, searches done, searches in all); a search is one photo with one setting."""
 
 
 def setting_of(config: SearchConfig) -> Setting:
-    """Return what the rows of a search are filed under; its configuration names a score."""
+    """Return what the rows of a search are filed under; its configuration names a score.
+
+    GeoCLIP alone has neither a score of tiles nor a beam.
+    """
+    if not config.method.searches:
+        return Setting(config.method.value, "gallery", 0)
     assert config.score is not None, "GeoEngine.resolved chooses one"
-    return Setting("tiles", config.score.value, config.k)
+    return Setting(config.method.value, config.score.value, config.k)
 
 
 def job_of(engine: GeoEngine, truth: TruthSet, configs: Sequence[SearchConfig]) -> dict[str, Any]:
@@ -45,7 +52,8 @@ def job_of(engine: GeoEngine, truth: TruthSet, configs: Sequence[SearchConfig]) 
     if len(set(settings)) < len(settings):
         twice = next(setting for setting in settings if settings.count(setting) > 1)
         raise GeoEngineError(f"an evaluation needs each setting once, got {' '.join(map(str, twice))} twice")
-    searches = [_search_of(config) for config in configs]
+    searches = [_search_of(config) for config in configs if config.method.searches]
+    searches = searches or [_search_of(config) for config in configs]
     if any(search != searches[0] for search in searches):
         raise GeoEngineError("the configurations of one evaluation must have the same levels and options")
     bundle = engine.bundle
@@ -56,7 +64,7 @@ def job_of(engine: GeoEngine, truth: TruthSet, configs: Sequence[SearchConfig]) 
         )
     return {
         "data_set": truth.identity,
-        "bundle": _fingerprint(engine),
+        **_bundle_of(engine),
         "backend": f"{engine.backend.name} {engine.backend.variant}",
         "tiles": engine.source.identity,
         "index": _index_of(engine),
@@ -71,7 +79,7 @@ def levels_searched(engine: GeoEngine, config: SearchConfig) -> list[int]:
 
 def _search_of(config: SearchConfig) -> dict[str, str]:
     """Return the configuration but for what a setting says and what changes no answer."""
-    own = {"method", "score", "k", "top"}
+    own = {*Setting._fields, "top"}
     return {
         field.name: _words(getattr(config, field.name)) for field in fields(config) if field.name not in own
     }
@@ -82,12 +90,16 @@ def _words(value: object) -> str:
     return name if isinstance(name, str) else str(value)
 
 
-def _fingerprint(engine: GeoEngine) -> str:
-    """Return a hash of all that the bundle says about its answers: its manifest, and what was calibrated."""
-    digest = hashlib.sha256()
-    for file in sorted(engine.bundle.path.rglob("*.json")):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+def _bundle_of(engine: GeoEngine) -> dict[str, str]:
+    """Return hashes of what a bundle's answers depend on: encoders, calibration, GeoCLIP; "" for none."""
+    bundle = engine.bundle
+    calibration = bundle.path / CALIBRATION
+    geoclip = bundle.geoclip()
+    return {
+        "encoders": encoder_hash(bundle.manifest),
+        "calibration": hashlib.sha256(calibration.read_bytes()).hexdigest() if calibration.exists() else "",
+        "geoclip": "" if geoclip is None else encoder_hash(geoclip.manifest),
+    }
 
 
 def _index_of(engine: GeoEngine) -> str:
@@ -120,26 +132,30 @@ class Evaluation:
         if self.together < 1:
             raise GeoEngineError(f"at least one photo is located at a time, got {self.together}")
         pending = [photo.key for photo in self.truth if self._lacking(photo)]
-        total = len(pending) * len(self.configs)
-        wanted, done = set(pending), 0
+        wanted, count = set(pending), _Count(progress, len(pending) * len(self.configs))
         photos = (photo for photo in self.truth if photo.key in wanted)
         while batch := list(itertools.islice(photos, self.together)):
-            for rows in self._batch(batch):
+            for rows in self._batch(batch, count):
                 self.results.add(rows)
-            done += len(batch) * len(self.configs)
-            if progress is not None:
-                progress(done, total)
+            count.add(len(batch) * len(self.configs))
 
     def _lacking(self, photo: TruthPhoto) -> list[SearchConfig]:
         return [c for c in self.configs if self.results.row(setting_of(c), photo.key) is None]
 
-    def _batch(self, batch: Sequence[TruthPhoto]) -> Iterator[list[PhotoRow]]:
+    @property
+    def _squares(self) -> Method:
+        """The method that needs all the squares of a photo that any of the configurations does."""
+        if not any(config.method.asks_geoclip for config in self.configs):
+            return Method.tiles
+        return Method.joined if any(config.method.searches for config in self.configs) else Method.geoclip
+
+    def _batch(self, batch: Sequence[TruthPhoto], count: _Count) -> Iterator[list[PhotoRow]]:
         """Yield the rows of some photos: first those that cannot be read, then setting by setting."""
         read: dict[str, Photo] = {}
         problems: list[PhotoRow] = []
         for truth in batch:
             try:
-                read[truth.key] = self.engine.prepare(truth.read())
+                read[truth.key] = self.engine.prepare(truth.read(), method=self._squares)
             except PhotoError as error:
                 problems += [_problem(truth, setting_of(config), error) for config in self._lacking(truth)]
         yield problems
@@ -147,15 +163,16 @@ class Evaluation:
             setting = setting_of(config)
             chosen = [t for t in batch if t.key in read and self.results.row(setting, t.key) is None]
             if chosen:
-                yield self._located(chosen, [read[truth.key] for truth in chosen], config)
+                yield self._located(chosen, [read[truth.key] for truth in chosen], config, count)
 
     def _located(
-        self, chosen: Sequence[TruthPhoto], photos: Sequence[Photo], config: SearchConfig
+        self, chosen: Sequence[TruthPhoto], photos: Sequence[Photo], config: SearchConfig, count: _Count
     ) -> list[PhotoRow]:
         totals: dict[int, int] = {}
 
         def note(index: int, zoom: int, done: int, total: int) -> None:
             totals[index] = total
+            count.show(f"searches done; k={config.k}, zoom {zoom}, tile {done} of {total}")
 
         start = time.perf_counter()
         locations = self.engine.locate(photos, config=config, progress=note)
@@ -165,6 +182,21 @@ class Evaluation:
             _row(truth, setting_of(config), location, tiles, seconds)
             for truth, location in zip(chosen, locations, strict=True)
         ]
+
+
+class _Count:
+    """Searches done, out of a total, and whom to tell."""
+
+    def __init__(self, progress: EvaluationProgress | None, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+
+    def add(self, searches: int) -> None:
+        self._done += searches
+        self.show("searches done")
+
+    def show(self, doing: str) -> None:
+        if self._progress is not None:
+            self._progress(doing, self._done, self._total)
 
 
 def _row(truth: TruthPhoto, setting: Setting, location: Location, tiles: float, seconds: float) -> PhotoRow:

@@ -60,7 +60,7 @@ def _figures(report: Report) -> Iterator[tuple[str, Figure]]:
     yield "cumulative", cumulative_plot(report)
     if any(figures.calibration for figures in report.results):
         yield "calibration", calibration_plot(report)
-    if len({figures.setting.k for figures in report.results}) > 1:
+    if len({figures.setting.k for figures in _with_beam(report)}) > 1:
         yield "beam-width", beam_plot(report)
     for figures in report.results:
         yield f"errors-{_file_name(figures.setting)}", error_map(report, figures)
@@ -153,12 +153,13 @@ def calibration_plot(report: Report) -> Figure:
 def beam_plot(report: Report) -> Figure:
     """Return accuracy against beam width at each distance, one line for each way of scoring."""
     figure, axes = _figure(13.0, 3.4, len(THRESHOLDS_KM))
-    kinds = sorted({figures.setting[:2] for figures in report.results})
-    widths = sorted({figures.setting.k for figures in report.results})
+    shown = _with_beam(report)
+    kinds = sorted({figures.setting[:2] for figures in shown})
+    widths = sorted({figures.setting.k for figures in shown})
     for axis, km in zip(axes, THRESHOLDS_KM, strict=True):
         for colour, kind in zip(_LINES * len(kinds), kinds, strict=False):
             own = sorted(
-                (figures for figures in report.results if figures.setting[:2] == kind),
+                (figures for figures in shown if figures.setting[:2] == kind),
                 key=lambda figures: figures.setting.k,
             )
             shares = [figures.accuracy.within_km[km] for figures in own]
@@ -176,6 +177,10 @@ def beam_plot(report: Report) -> Figure:
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{report.title}, n={report.photos}", x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def _with_beam(report: Report) -> list[SettingFigures]:
+    return [figures for figures in report.results if figures.setting.k]
 
 
 def _kind(figures: SettingFigures) -> str:

@@ -153,14 +153,13 @@ def make_report(
         raise TruthError(f"{truth.title}: there is no photo to evaluate with")
     settings = [setting_of(config) for config in configs]
     rows = {setting: [_row(results, setting, key) for key in keys] for setting in settings}
-    manifest = engine.bundle.manifest
     return Report(
         data_set=truth.name,
         title=truth.title,
         world=truth.world,
         wanted=truth.wanted,
         remarks=tuple(truth.remarks()),
-        model=model_name(manifest),
+        model=_models(engine, configs),
         tiles=engine.source.name,
         attribution=engine.source.attribution,
         backend=f"{engine.backend.name} {engine.backend.variant}",
@@ -170,6 +169,16 @@ def make_report(
         results=tuple(figures_of(setting, rows[setting], geodesic) for setting in settings),
         rows=tuple(row for setting in settings for row in rows[setting]),
     )
+
+
+def _models(engine: GeoEngine, configs: Sequence[SearchConfig]) -> str:
+    """Return the names of the encoders that the configurations ask."""
+    names = []
+    if any(config.method.searches for config in configs):
+        names.append(model_name(engine.bundle.manifest))
+    if any(config.method.asks_geoclip for config in configs):
+        names.append(model_name(engine.geoclip().bundle.manifest))
+    return ", ".join(names)
 
 
 def _row(results: Results, setting: Setting, key: str) -> PhotoRow:

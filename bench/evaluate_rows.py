@@ -35,7 +35,10 @@ class ResultsError(GeoEngineError):
 
 
 class Setting(NamedTuple):
-    """What the rows of one job may differ in: how the search ranks and answers, and its beam width."""
+    """What the rows of one job may differ in: how the search ranks and answers, and its beam width.
+
+    `k` is 0 where there is no beam.
+    """
 
     method: str
     score: str

@@ -75,7 +75,8 @@ def heading(report: Report) -> Iterator[str]:
     """Yield what was evaluated with what, one sentence each."""
     of = "" if report.wanted in (None, report.photos) else f" of {report.wanted}"
     yield f"{report.title}: n = {report.photos}{of} photos"
-    yield f"Encoders: {report.model}, {report.backend}. Tiles: {report.tiles}."
+    tiles = f" Tiles: {report.tiles}." if report.tiles else ""
+    yield f"Encoders: {report.model}, {report.backend}.{tiles}"
     unit = GEODESIC if report.geodesic else HAVERSINE
     yield f"Distances: {unit}; a photo at exactly a distance counts. Intervals: Wilson, 95 %."
     if report.problems:

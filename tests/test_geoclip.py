@@ -354,3 +354,45 @@ def test_the_command(alone, both, tmp_path):
         run("locate", photo, "--demo", "--method", "fused"),
         "GeoCLIP knows Earth",
     )
+
+
+def test_evaluation_of_every_method(alone, both, tmp_path, monkeypatch):
+    """Table 3 has GeoCLIP alone, joined and fused; what was done for one method is not done again."""
+    monkeypatch.setenv("GEOENGINE_CACHE", "off")
+    rng = np.random.default_rng(3)
+    for zoom in TREE.levels:
+        for tile in all_xy(zoom).tolist():
+            file = tmp_path / "tiles" / str(zoom) / str(tile[0]) / f"{tile[1]}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+    lines = ["path,lat,lon"]
+    for number, photo in enumerate(photos(3)):
+        Image.fromarray(photo.pixels).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{10 * number},{20 * number}")
+    (tmp_path / "set.csv").write_text("\n".join(lines) + "\n")
+    order = ["evaluate", tmp_path / "set.csv", "--plots", "none", "--json"]
+
+    done = run(*order, "--bundle", alone, "--method", "geoclip")
+    assert done.exit_code == 0, done.stderr
+    [figures] = json.loads(done.stdout)["results"]
+    assert (figures["method"], figures["score"], figures["k"]) == ("geoclip", "gallery", 0)
+    assert figures["recall"] == {} and figures["coverage"] is None
+
+    many = [*order, "--bundle", both, "--tiles", tmp_path / "tiles", "--out", tmp_path / "out", "--k", "2,3"]
+    done = run(*many, "--method", "tiles", "--score", "paper")
+    assert done.exit_code == 0, done.stderr
+    before = (tmp_path / "out" / "photos.csv").read_text()
+    methods = [word for method in Method for word in ("--method", method.value)]
+    done = run(*many, *methods, "--score", "paper", "--score", "path")
+    assert done.exit_code == 0, done.stderr
+    settings = [(row["method"], row["score"], row["k"]) for row in json.loads(done.stdout)["results"]]
+    assert settings == [
+        *(("tiles", score, k) for score in ("paper", "path") for k in (2, 3)),
+        ("geoclip", "gallery", 0),
+        *(("joined", score, k) for score in ("paper", "path") for k in (2, 3)),
+        *(("fused", "path", k) for k in (2, 3)),
+    ]
+    assert (tmp_path / "out" / "photos.csv").read_text().startswith(before)
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert "| geoengine, GeoCLIP alone | measured |" in tables
+    assert "| geoengine, fused, path score, k=3 | measured |" in tables

@@ -32,7 +32,7 @@ from geoengine.commands.options import (
 from geoengine.commands.orders import EngineOrder, ScoringOrder, SearchOrder, search_config
 from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
 from geoengine.engine.errors import GeoEngineError, MissingExtraError
-from geoengine.engine.scoring.kinds import Score
+from geoengine.engine.scoring.kinds import BEST_TILE, Method, Score
 
 if TYPE_CHECKING:
     from geoengine.bench.evaluate_report import Report
@@ -68,6 +68,10 @@ _Scores = Annotated[
     list[Score] | None,
     typer.Option("--score", help="paper or path, as in locate; twice for both. Default: the bundle's best."),
 ]
+_Methods = Annotated[
+    list[Method],
+    typer.Option("--method", help="tiles, geoclip, joined or fused, as in locate; may be repeated."),
+]
 _Photos = Annotated[Path | None, typer.Option(help="Folder of the photos, where the table does not say.")]
 _Places = Annotated[Path | None, typer.Option(help="Table of the photos' places.", metavar="FILE")]
 _Count = Annotated[
@@ -100,6 +104,7 @@ def evaluate(
     more_k: _MoreK = None,
     k: _Ks = ["16"],  # noqa: B006
     score: _Scores = None,
+    method: _Methods = [Method.tiles],  # noqa: B006
     photos: _Photos = None,
     places: _Places = None,
     count: _Count = None,
@@ -139,8 +144,7 @@ def evaluate(
 
     scoring = ScoringOrder(quota=quota, centred=centred, objective=objective)
     config = search_config(1, levels, 1, within, deadline, overzoom, scoring)
-    scores: list[Score | None] = [*score] if score else [None]
-    configs = [replace(config, score=each, k=width) for each in scores for width in _widths(k, more_k)]
+    configs = _configs(config, method, score or [], _widths(k, more_k))
     limits = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif=False).limits
     job = Job(data_set=data_set, out=out, again=again, together=together, geodesic=geodesic, parquet=parquet)
     job.check(plots)
@@ -149,9 +153,9 @@ def evaluate(
         with waiting("looking for the photos among those of the training"):
             refuse_trained(truth, training)
     bundle = "planet" if truth.world == "planet" and bundle is None else bundle
-    order = EngineOrder.parse(False, bundle, tiles, index, backend, precision, threads, scoring.method)
+    order = EngineOrder.parse(False, bundle, tiles, index, backend, precision, threads, _needed(method))
     with order.open() as engine:
-        if levels is None:
+        if levels is None and engine.bundle.levels:
             configs = [replace(each, levels=engine.bundle.levels) for each in configs]
         configs = [engine.resolved(each) for each in configs]
         report = job.run(engine, truth, configs)
@@ -212,7 +216,7 @@ class Job:
                 engine=engine, truth=truth, configs=configs, results=results, together=self.together
             )
             with progress_bar("reading the photos") as show:
-                run.run(lambda done, total: show("photos located", done, total))
+                run.run(show)
             return make_report(
                 engine, truth, configs, results, together=self.together, geodesic=self.geodesic
             )
@@ -225,6 +229,35 @@ def _widths(given: Sequence[str], more: Sequence[int] | None) -> list[int]:
     except ValueError:
         raise GeoEngineError(f"beam widths are numbers such as --k 16,32,64, got {' '.join(given)}") from None
     return [*widths, *(more or [])]
+
+
+def _configs(
+    config: SearchConfig, methods: Sequence[Method], scores: Sequence[Score], widths: Sequence[int]
+) -> list[SearchConfig]:
+    """Return the searches of every method with every score and beam width; raises GeoEngineError.
+
+    GeoCLIP alone is one search, and fusion leaves out the paper's score when there are others.
+    """
+    if not widths or not methods:
+        raise GeoEngineError("an evaluation needs at least one k and one method")
+    found = []
+    for method in methods:
+        chosen: list[Score | None] = [*scores] or [None]
+        if method is Method.fused and len(chosen) > 1:
+            chosen = [score for score in chosen if score is not Score.paper]
+        if method.searches:
+            found += [replace(config, method=method, score=s, k=k) for s in chosen for k in widths]
+        else:
+            plain = replace(config, quota=None, centred=False, objective=BEST_TILE, prior=None)
+            found.append(replace(plain, method=method))
+    return found
+
+
+def _needed(methods: Sequence[Method]) -> Method:
+    """Return the method that needs all that any of them needs."""
+    if not any(method.asks_geoclip for method in methods):
+        return Method.tiles
+    return Method.joined if any(method.searches for method in methods) else Method.geoclip
 
 
 def _write_files(report: Report, job: Job, plots: Sequence[Plots]) -> None:
