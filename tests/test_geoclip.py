@@ -335,8 +335,37 @@ def test_a_gallery_out_of_order_is_refused(alone, tmp_path):
         Gallery.open(bundle)
 
 
-def test_the_command(alone, both, tmp_path):
+def test_the_weights_of_fusion_are_fitted(both, tmp_path, monkeypatch):
+    """By `geoengine calibrate`, together with the levels', wherever the bundle has GeoCLIP."""
+    monkeypatch.setenv("GEOENGINE_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    tiles, pictures = tmp_path / "tiles", tmp_path / "photos"
+    for zoom in TREE.levels:
+        for x, y in all_xy(zoom).tolist():
+            file = tiles / str(zoom) / str(x) / f"{y}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+    pictures.mkdir()
+    rows = ["path,lat,lng"]
+    for i in range(50):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(pictures / f"{i}.png")
+        rows.append(f"{i}.png,{rng.uniform(-60, 70):.4f},{rng.uniform(-180, 180):.4f}")
+    (pictures / "places.csv").write_text("\n".join(rows) + "\n")
+    bundle = tmp_path / "engines"
+    shutil.copytree(both, bundle, symlinks=True)
+    common = ("--bundle", bundle, "--tiles", tiles, "--backend", "onnxruntime-cpu", "--threads", "1")
+    done = run("calibrate", pictures / "places.csv", "--k", "2", *common)
+    assert done.exit_code == 0, done.stderr
+    assert "plain+geoclip searches" in done.stdout
+    fit = EngineBundle.open(bundle).calibration.fit(centred=False, evidence=["geoclip"])
+    assert all(level.evidence["geoclip"] >= 0 for level in fit.levels.values())
+    done = run("locate", pictures / "1.png", "--method", "fused", "--levels", "2,4", "--json", *common)
+    assert json.loads(done.stdout)["scoring"]["calibrated"]
+
+
+def test_the_command(alone, both, tmp_path, monkeypatch):
     """GeoCLIP alone, without tiles; and refusals that say what to do."""
+    monkeypatch.setenv("GEOENGINE_CACHE", str(tmp_path / "cache"))
     photo = tmp_path / "photo.png"
     Image.fromarray(photos(1)[0].pixels).save(photo)
     done = run(

@@ -22,9 +22,10 @@ from geoengine.commands.options import (
 )
 from geoengine.commands.terminal import complain, progress_bar, waiting, write_result
 from geoengine.engine.errors import GeoEngineError, PhotoError, SourceError
+from geoengine.engine.scoring.kinds import Method
 
 if TYPE_CHECKING:
-    from geoengine.bench.calibrate import KnownPhotos
+    from geoengine.bench.calibrate import EvidenceOf, KnownPhotos
     from geoengine.bench.truth import TruthSet
     from geoengine.engine.bundle import EngineBundle
     from geoengine.engine.calibration import Calibration
@@ -74,8 +75,9 @@ def calibrate(
 ) -> None:
     """Find out on photos with known places how far a bundle's cosines can be trusted.
 
-    Fits the temperature and the weight of each level for --score path, the mean embeddings for --centred, and
-    the radii that answers are given with, and writes them into the bundle. The photos must be none that the
+    Fits the temperature and the weight of each level for --score path, the mean embeddings for --centred, the
+    weights of GeoCLIP for --method fused where the bundle has it, and the radii that answers are given with,
+    and writes them into the bundle. The photos must be none that the
     encoders were trained on, and none that they will be tested with.
 
     Exit status: 0 the calibration was written; 2 nothing was.
@@ -177,15 +179,19 @@ def calibration_text(calibration: Calibration) -> str:
 def _calibrate(engine: GeoEngine, truth: TruthSet, order: Order, widths: list[int]) -> Calibration:
     from geoengine.bench.calibrate import calibrate
 
-    known = _known_photos(engine, truth, order)
+    known, evidence_of = _known_photos(engine, truth, order)
     with progress_bar("searching") as show:
         return calibrate(
-            engine, known, ks=widths, progress=lambda done, total: show("photos searched", done, total)
+            engine,
+            known,
+            ks=widths,
+            evidence_of=evidence_of,
+            progress=lambda done, total: show("photos searched", done, total),
         )
 
 
-def _known_photos(engine: GeoEngine, truth: TruthSet, order: Order) -> KnownPhotos:
-    """Embed the photos; those that cannot be read are named and left out."""
+def _known_photos(engine: GeoEngine, truth: TruthSet, order: Order) -> tuple[KnownPhotos, EvidenceOf | None]:
+    """Embed the photos, and what GeoCLIP says of them; those that cannot be read are named and left out."""
     import numpy as np
 
     from geoengine.bench.calibrate import KnownPhotos
@@ -196,17 +202,21 @@ def _known_photos(engine: GeoEngine, truth: TruthSet, order: Order) -> KnownPhot
             f"{truth.title} shows the world {truth.world!r}, and engine bundle {engine.bundle.path} knows "
             f"{engine.bundle.world!r}: give photos of that world"
         )
-    places, embedded = [], []
+    geoclip = engine.geoclip() if engine.bundle.has_geoclip else None
+    method = Method.tiles if geoclip is None else Method.fused
+    places, embedded, said = [], [], []
     waiting_photos: list[Photo] = []
 
     def embed() -> None:
         embedded.append(engine.embed_photos(waiting_photos))
+        if geoclip is not None:
+            said.append(geoclip.embed(waiting_photos))
         waiting_photos.clear()
 
     with progress_bar("embedding the photos") as show:
         for photo in truth:
             try:
-                square = engine.prepare(photo.read())
+                square = engine.prepare(photo.read(), method=method)
             except PhotoError as error:
                 complain(str(error))
                 continue
@@ -216,13 +226,17 @@ def _known_photos(engine: GeoEngine, truth: TruthSet, order: Order) -> KnownPhot
             if len(waiting_photos) == _CHUNK:
                 embed()
         embed()
-    return KnownPhotos(
+    known = KnownPhotos(
         embeddings=np.concatenate(embedded),
         places=places,
         dataset=truth.name,
         identity=truth.identity,
         seed=order.seed,
     )
+    if geoclip is None:
+        return known, None
+    by_geoclip = np.concatenate(said)
+    return known, lambda part: [geoclip.evidence(by_geoclip[part])]
 
 
 def _open(
