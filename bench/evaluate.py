@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from geoengine.bench.accuracy import errors_km
 from geoengine.bench.evaluate_rows import PhotoRow, Results, Setting
-from geoengine.bench.truth import TruthPhoto, TruthSet
+from geoengine.bench.truth import TruthError, TruthPhoto, TruthSet
 from geoengine.engine.calibration import CALIBRATION, STATED_SHARES
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BundleError, GeoEngineError, PhotoError
@@ -44,7 +44,7 @@ def job_of(engine: GeoEngine, truth: TruthSet, configs: Sequence[SearchConfig]) 
     """Return all that the rows depend on but their own setting, JSON-ready, one level deep.
 
     Raises GeoEngineError unless the configurations differ in their settings and in nothing else, BundleError
-    when the photos are of another world than the encoders.
+    when the photos are of another world than the encoders, TruthError when the bundle was calibrated on them.
     """
     if not configs:
         raise GeoEngineError("an evaluation needs at least one k")
@@ -62,12 +62,19 @@ def job_of(engine: GeoEngine, truth: TruthSet, configs: Sequence[SearchConfig]) 
             f"{truth.title} shows the world {truth.world!r}, and engine bundle {bundle.path} knows "
             f"{bundle.world!r}: give a bundle of that world"
         )
+    calibration = bundle.calibration
+    if calibration is not None and calibration.identity == truth.identity:
+        raise TruthError(
+            f"engine bundle {bundle.path} was calibrated on these very photos ({truth.title}): evaluate with "
+            "others, of the planet with another --seed"
+        )
     return {
         "data_set": truth.identity,
         **_bundle_of(engine),
         "backend": f"{engine.backend.name} {engine.backend.variant}",
         "tiles": engine.source.identity,
         "index": _index_of(engine),
+        "embeddings": "new" if engine.known is None else "kept, in half precision",
         **searches[0],
     }
 

@@ -82,7 +82,8 @@ class Report:
     """An evaluation: what was evaluated, with what, and the figures of each setting in the order asked for.
 
     `rows` are those of the settings asked for, in the order of the set. `wanted` is how many photos the set
-    has by its published description, None where there is none. `together` photos were located at a time.
+    has by its published description, None where there is none. `together` photos were located at a time; with
+    `reused`, embeddings of tiles that earlier searches had met were not computed again.
     """
 
     data_set: str
@@ -96,6 +97,7 @@ class Report:
     backend: str
     together: int
     geodesic: bool
+    reused: bool
     job: Mapping[str, Any]
     results: tuple[SettingFigures, ...]
     rows: tuple[PhotoRow, ...]
@@ -128,6 +130,7 @@ class Report:
             "attribution": self.attribution,
             "backend": self.backend,
             "photos_together": self.together,
+            "embeddings_reused": self.reused,
             "distance": GEODESIC if self.geodesic else HAVERSINE,
             "job": dict(self.job),
             "machine": machine(),
@@ -165,6 +168,7 @@ def make_report(
         backend=f"{engine.backend.name} {engine.backend.variant}",
         together=together,
         geodesic=geodesic,
+        reused=engine.known is not None and engine.known.cache is not None,
         job=results.job,
         results=tuple(figures_of(setting, rows[setting], geodesic) for setting in settings),
         rows=tuple(row for setting in settings for row in rows[setting]),

@@ -127,8 +127,11 @@ def _costs(report: Report) -> Sheet:
         for figures in report.results
     ]
     note = f"Times are wall time with {report.together} photos located together"
+    reused = (
+        " Embeddings of tiles met before were reused: a first search takes longer." if report.reused else ""
+    )
     missing = " The mean error is over the photos that could be read." if report.problems else ""
-    return Sheet("Errors and cost", header, rows, (f"{note}, which share their tiles.{missing}",))
+    return Sheet("Errors and cost", header, rows, (f"{note}, which share their tiles.{reused}{missing}",))
 
 
 def _recall(report: Report) -> Sheet:

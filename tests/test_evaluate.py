@@ -16,9 +16,10 @@ from geoengine.bench.evaluate_report import make_report
 from geoengine.bench.evaluate_rows import PhotoRow, Results, ResultsError, Setting
 from geoengine.bench.truth import PlanetPhotos, TruthError, land_places
 from geoengine.engine.bundle import EngineBundle
-from geoengine.engine.calibration import STATED_SHARES
+from geoengine.engine.calibration import STATED_SHARES, Calibration
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BundleError, GeoEngineError
+from geoengine.engine.manifest import encoder_hash
 from geoengine.engine.render.files import OutputError
 from geoengine.engine.scoring.kinds import Score
 from geoengine.engine.search import SearchConfig
@@ -207,6 +208,21 @@ def test_photos_of_another_world_are_refused(tmp_path):
     engine = GeoEngine(earth, AddressTiles(), OracleBackend())
     with pytest.raises(BundleError, match=r"shows the world 'planet', and engine bundle .* knows 'earth'"):
         evaluated(engine, MadePhotos(PLACES))
+
+
+def test_photos_that_the_bundle_was_calibrated_on_are_refused(tmp_path):
+    folder = write_tiny_bundle(tmp_path / "tiny", levels=LEVELS, embed_dim=28)
+    plain = EngineBundle.open(folder)
+    assumed = Calibration.assumed(plain.manifest)
+    encoders = encoder_hash(plain.manifest)
+    replace(assumed, encoders=encoders, identity="identity of made").write(folder)
+    engine = GeoEngine(EngineBundle.open(folder), PlanetAddresses(), OracleBackend())
+    with pytest.raises(TruthError, match=r"calibrated on these very photos \(the made photos\)"):
+        evaluated(engine, MadePhotos(PLACES))
+    report = evaluated(engine, MadePhotos(PLACES, name="other"), [1, 4], [Score.path, Score.paper])
+    for figures in report.results:
+        assert [share.hits for share in figures.accuracy.within_km.values()] == [7] * 5
+        assert figures.calibration.keys() == set(STATED_SHARES)
 
 
 def test_settings_must_differ_in_nothing_else(engine):

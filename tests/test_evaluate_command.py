@@ -83,16 +83,13 @@ def test_both_scores_side_by_side_as_json(world):
 
 
 def test_a_folder_of_results(world, tmp_path):
-    result = run(
-        *order(world, "--k", "1,2", "--out", tmp_path / "out", "--parquet", "--plots", "png", "--json")
-    )
+    result = run(*order(world, "--k", 2, "--out", tmp_path / "out", "--parquet", "--plots", "png", "--json"))
     assert result.exit_code == 0, result.stderr
     assert result.stderr == f"geoengine: wrote {tmp_path / 'out'}\n"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         *("photos.csv", "photos.parquet", "job.json", "lock", "report.json", "tables.md"),
-        *("cumulative.png", "calibration.png", "beam-width.png"),
-        *("errors-tiles-paper-k1.png", "errors-tiles-paper-k2.png"),
+        *("cumulative.png", "calibration.png", "errors-tiles-paper-k2.png"),
     }
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(result.stdout)
 
@@ -151,6 +148,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_tables(world, tmp_path):
         ]
 
     assert figures(resumed) == figures(whole)
+
+
+def test_embeddings_may_be_reused_which_is_told(world):
+    fresh, reused = (
+        json.loads(run(*order(world, "--k", "1,2", *more, "--json")).stdout) for more in ((), ["--reuse"])
+    )
+    assert (fresh["embeddings_reused"], reused["embeddings_reused"]) == (False, True)
+    assert [row["within_km"] for row in fresh["results"]] == [row["within_km"] for row in reused["results"]]
+    assert "reused: a first search takes longer" in run(*order(world, "--reuse")).stdout
 
 
 def test_results_of_another_job_are_refused(world, tmp_path):

@@ -72,6 +72,7 @@ def made_report(settings=SETTINGS, **changes):
         backend="oracle exact",
         together=25,
         geodesic=False,
+        reused=False,
         job={},
         results=tuple(figures_of(s, [r for r in rows if r.setting == s], False) for s in settings),
         rows=tuple(rows),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,6 +88,10 @@ _Out = Annotated[
 ]
 _Again = Annotated[bool, typer.Option("--again", help="Throw away the rows in --out and start anew.")]
 _Together = Annotated[int, typer.Option(help="Photos located together; 1 times each photo alone.")]
+_Reuse = Annotated[
+    bool,
+    typer.Option("--reuse", help="Keep tile embeddings between the searches: faster, but not a fair time."),
+]
 _Geodesic = Annotated[
     bool, typer.Option("--geodesic", help="Distances on the WGS84 ellipsoid, not on the sphere.")
 ]
@@ -116,6 +121,7 @@ def evaluate(
     training: _Training = None,
     geodesic: _Geodesic = False,
     together: _Together = 25,
+    reuse: _Reuse = False,
     levels: LevelsOption = None,
     within: WithinOption = None,
     bundle: BundleOption = None,
@@ -154,7 +160,7 @@ def evaluate(
             refuse_trained(truth, training)
     bundle = "planet" if truth.world == "planet" and bundle is None else bundle
     order = EngineOrder.parse(False, bundle, tiles, index, backend, precision, threads, _needed(method))
-    with order.open() as engine:
+    with _opened(order, reuse) as engine:
         if levels is None and engine.bundle.levels:
             configs = [replace(each, levels=engine.bundle.levels) for each in configs]
         configs = [engine.resolved(each) for each in configs]
@@ -258,6 +264,14 @@ def _needed(methods: Sequence[Method]) -> Method:
     if not any(method.asks_geoclip for method in methods):
         return Method.tiles
     return Method.joined if any(method.searches for method in methods) else Method.geoclip
+
+
+@contextmanager
+def _opened(order: EngineOrder, reuse: bool) -> Iterator[GeoEngine]:
+    """Open the engine, with `reuse` so that no tile is encoded twice, and close it."""
+    with ExitStack() as stack:
+        rows = Path(stack.enter_context(TemporaryDirectory(prefix="geoengine-rows-"))) if reuse else None
+        yield stack.enter_context(order.open(rows=rows))
 
 
 def _write_files(report: Report, job: Job, plots: Sequence[Plots]) -> None:

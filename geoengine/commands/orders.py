@@ -65,8 +65,11 @@ class EngineOrder:
             method=method,
         )
 
-    def open(self) -> GeoEngine:
-        """Open the engine; raises GeoEngineError."""
+    def open(self, *, rows: Path | None = None) -> GeoEngine:
+        """Open the engine; raises GeoEngineError.
+
+        `rows` is the folder in which embeddings of tiles are kept where they have no other place.
+        """
         with waiting("loading the encoders"):
             from geoengine.engine.bundle import EngineBundle, resolve_bundle
             from geoengine.engine.engine import GeoEngine
@@ -89,7 +92,7 @@ class EngineOrder:
                 precision=self.precision,
                 threads=self.threads,
                 index=self.index,
-                row_cache=None if of_planet else row_cache_folder(),
+                row_cache=(None if of_planet else row_cache_folder()) or rows,
             )
 
 
