@@ -17,7 +17,7 @@ import pytest
 from command_line import refused, run
 from made_photos import encoded
 from made_results import made_location
-from tiny_bundle import write_tiny_bundle
+from tiny_bundle import write_tiny_bundle, write_tiny_tiles
 
 from geoengine.commands.locate import locate
 from geoengine.engine.bulk import formats, stream
@@ -42,12 +42,7 @@ def home(tmp_path_factory):
     """Tiny encoders of Earth, and a folder of tiles of 8 x 8 pixels."""
     home = tmp_path_factory.mktemp("bulk")
     write_tiny_bundle(home / "engines", world="earth", sides=(8,))
-    for z in (1, 3):
-        for x, y in itertools.product(range(2**z), repeat=2):
-            tile = home / "tiles" / str(z) / str(x) / f"{y}.png"
-            tile.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng([z, x, y]).integers(0, 256, (8, 8, 3), np.uint8)
-            tile.write_bytes(encoded(pixels, "PNG"))
+    write_tiny_tiles(home / "tiles")
     return home
 
 

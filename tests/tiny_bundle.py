@@ -1,6 +1,7 @@
 """Engine bundles with tiny ONNX graphs, written without PyTorch."""
 
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -43,6 +44,18 @@ def write_tiny_bundle(folder, *, levels=(1, 3), world="planet", sides=(8, 16), e
     }
     write_manifest(folder, manifest)
     return folder
+
+
+def write_tiny_tiles(folder, *, zooms=(1, 3)):
+    """A folder of tiles of 8 x 8 pixels, each of its own noise, for a bundle with `sides=(8,)`."""
+    from PIL import Image
+
+    for z in zooms:
+        for x, y in itertools.product(range(2**z), repeat=2):
+            tile = folder / str(z) / str(x) / f"{y}.png"
+            tile.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng([z, x, y]).integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(tile)
 
 
 def write_manifest(folder, manifest):

@@ -38,7 +38,7 @@ def job_order(
     return JobOrder(
         identity={
             "photos": photos.identity,
-            "encoders": fingerprint(encoder_hash(bundle.manifest), _calibration(bundle)),
+            "encoders": bundle_identity(bundle),
             "backend": backend,
             "tiles": source.identity,
             "index": "" if index is None else fingerprint(repr(Description.read(index))),
@@ -48,6 +48,15 @@ def job_order(
         about=about,
         part_photos=part_photos,
     )
+
+
+def bundle_identity(bundle: EngineBundle) -> str:
+    """Return a hash of what a bundle's encoders compute and of its calibration, which results depend on."""
+    try:
+        calibration = (bundle.path / CALIBRATION).read_bytes()
+    except FileNotFoundError:
+        calibration = b""
+    return fingerprint(encoder_hash(bundle.manifest), calibration)
 
 
 def _options(config: SearchConfig) -> list[str]:
@@ -63,11 +72,3 @@ def _region_text(region: Region | None) -> str:
     if region is None:
         return ""
     return fingerprint(region.name, region.tiles(_REGION_ZOOM).tobytes())
-
-
-def _calibration(bundle: EngineBundle) -> bytes:
-    """Return the bundle's calibration, which results depend on, or nothing."""
-    try:
-        return (bundle.path / CALIBRATION).read_bytes()
-    except FileNotFoundError:
-        return b""

@@ -6,6 +6,7 @@ A job lies in a folder: the one that the results go to, or, for results in one f
 _job.json             what is located, with what and how, and how far the job is
 part-00000000.jsonl   the results of the first photos; of a folder, these files are the results
 _failed-00000000.jsonl  which of these photos could not be read, and why
+_tried-00000000       how often workers have begun a part, while one is at it
 _retried.jsonl        the failures that are being tried again
 _lock                 held by the process that runs the job
 ```
@@ -249,7 +250,7 @@ def _clear(target: Target) -> None:
     if not target.in_parts:
         target.out.unlink(missing_ok=True)
     target.failures.unlink(missing_ok=True)
-    for pattern in ("part-*", "_failed-*.jsonl", "_retried.jsonl", ".*.tmp"):
+    for pattern in ("part-*", "_failed-*.jsonl", "_tried-*", "_retried.jsonl", ".*.tmp"):
         for file in target.folder.glob(pattern):
             file.unlink(missing_ok=True)
 

@@ -52,7 +52,17 @@ class Parts:
                 records.append(record_of(outcome))
         write_failures(self._failed(number), failures)
         self.files.write(self.file(number), records)
+        self._tries(number).unlink(missing_ok=True)
         return PartDone(number, len(records), len(failures))
+
+    def tried(self, number: int) -> int:
+        """Note that a part is being tried, and return how often it has been; `write` forgets it."""
+        try:
+            with self._tries(number).open("ab") as file:
+                file.write(b".")
+                return file.tell()
+        except OSError as error:
+            raise OutputError(f"{self._tries(number)}: cannot be written ({error.strerror})") from None
 
     def failures(self, numbers: Iterable[int]) -> Iterator[Failure]:
         """Yield the failures of parts, in their order."""
@@ -71,9 +81,12 @@ class Parts:
 
     def sweep(self) -> None:
         """Delete what killed processes have left half written."""
-        for file in self.folder.glob(".*.tmp"):
+        for file in (*self.folder.glob(".*.tmp"), *self.folder.glob("_tried-*")):
             with contextlib.suppress(OSError):
                 file.unlink()
+
+    def _tries(self, number: int) -> Path:
+        return self.folder / f"_tried-{number:08d}"
 
     def _failed(self, number: int) -> Path:
         return self.folder / f"_failed-{number:08d}.jsonl"

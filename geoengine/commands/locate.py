@@ -29,14 +29,16 @@ from geoengine.commands.options import (
     PartOption,
     PrecisionOption,
     QuotaOption,
+    RayOption,
     RestartOption,
     RetryOption,
     ScoreOption,
     ThreadsOption,
     TilesOption,
     WithinOption,
+    WorkersOption,
 )
-from geoengine.commands.orders import EngineOrder, ScoringOrder, SearchOrder, search_config
+from geoengine.commands.orders import ClusterOrder, EngineOrder, ScoringOrder, SearchOrder, search_config
 from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
 from geoengine.engine.errors import GeoEngineError, SourceError
 from geoengine.engine.scoring.kinds import Method
@@ -115,6 +117,8 @@ def locate(
     photos_per_part: PartOption = 64,
     restart: RestartOption = False,
     retry_failed: RetryOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Find where photos may have been taken: a hypothesis, not a proof.
 
@@ -128,7 +132,8 @@ def locate(
     Exit status: 0 all photos were located; 1 some were not; 2 none was, or the command line was wrong.
     """
     output = _output(as_json, as_geojson)
-    bulk = BulkOrder.parse(out, out_format, photos_per_part, restart, retry_failed)
+    cluster = ClusterOrder.parse(ray, workers, threads)
+    bulk = BulkOrder.parse(out, out_format, photos_per_part, restart, retry_failed, cluster)
     if bulk is not None and (output is not Output.TABLE or map_file is not None):
         raise GeoEngineError("--out excludes --json, --geojson and --map")
     scoring = ScoringOrder(score=score, quota=quota, centred=centred, objective=objective, method=method)

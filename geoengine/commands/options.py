@@ -99,3 +99,16 @@ RestartOption = Annotated[
 RetryOption = Annotated[
     bool, typer.Option("--retry-failed", help="With --out: try again the photos that could not be read.")
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Work on a Ray cluster: HOST:PORT of its head node, auto for the one on this machine, or local "
+        "to start one here. Needs storage that all machines share.",
+        metavar="ADDRESS",
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(help="With --ray: workers, with --threads cores each. Default: one for each GPU, or core."),
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,10 @@ from geoengine.engine.errors import BundleError, GeoEngineError, SourceError
 from geoengine.engine.scoring.kinds import Method
 
 if TYPE_CHECKING:
+    from geoengine.engine.bulk.engines import EngineSpec
     from geoengine.engine.bulk.stream import PhotoSearch
     from geoengine.engine.bundle import EngineBundle
+    from geoengine.engine.cluster import Cluster
     from geoengine.engine.engine import GeoEngine
     from geoengine.engine.photos import PhotoLimits
     from geoengine.engine.scoring.kinds import Score
@@ -71,29 +74,59 @@ class EngineOrder:
         `rows` is the folder in which embeddings of tiles are kept where they have no other place.
         """
         with waiting("loading the encoders"):
-            from geoengine.engine.bundle import EngineBundle, resolve_bundle
-            from geoengine.engine.engine import GeoEngine
-            from geoengine.engine.geoclip import no_geoclip, no_map_encoders
-            from geoengine.engine.index.known_rows import row_cache_folder
+            return self.spec().open(rows=rows)
 
-            bundle = resolve_bundle(self.bundle)
-            there = EngineBundle.open(bundle, verify=False)
-            of_planet = there.world == "planet"
-            if self.method.asks_geoclip and not there.has_geoclip:
-                raise BundleError(no_geoclip(there))
-            if self.method.searches and not there.levels:
-                raise BundleError(no_map_encoders(there))
-            if self.method.searches and self.tiles is None and not of_planet:
-                raise SourceError(_TILES_EXAMPLE)
-            return GeoEngine.open(
-                bundle,
-                self.tiles,
-                backend=self.backend,
-                precision=self.precision,
-                threads=self.threads,
-                index=self.index,
-                row_cache=(None if of_planet else row_cache_folder()) or rows,
-            )
+    def spec(self) -> EngineSpec:
+        """Return what any process can open; raises GeoEngineError for what cannot be searched with."""
+        from geoengine.engine.bulk.engines import EngineSpec, anywhere
+        from geoengine.engine.bundle import EngineBundle, resolve_bundle
+        from geoengine.engine.geoclip import no_geoclip, no_map_encoders
+
+        bundle = resolve_bundle(self.bundle)
+        there = EngineBundle.open(bundle, verify=False)
+        of_planet = there.world == "planet"
+        if self.method.asks_geoclip and not there.has_geoclip:
+            raise BundleError(no_geoclip(there))
+        if self.method.searches and not there.levels:
+            raise BundleError(no_map_encoders(there))
+        if self.method.searches and self.tiles is None and not of_planet:
+            raise SourceError(_TILES_EXAMPLE)
+        return EngineSpec(
+            bundle="planet" if self.bundle == "planet" else str(bundle.absolute()),
+            tiles=None if self.tiles is None else anywhere(self.tiles),
+            index=None if self.index is None else self.index.absolute(),
+            backend=self.backend,
+            precision=self.precision,
+            threads=self.threads,
+            keeps_rows=not of_planet,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterOrder:
+    """Which Ray cluster does the work."""
+
+    address: str
+    workers: int | None
+    threads: int | None
+
+    @classmethod
+    def parse(cls, address: str | None, workers: int | None, threads: int | None) -> ClusterOrder | None:
+        """Check the options against each other, None without a cluster; raises GeoEngineError."""
+        if address is None:
+            if workers is not None:
+                raise GeoEngineError("--workers needs --ray: on one machine, --threads takes more cores")
+            return None
+        for name, value in (("--workers", workers), ("--threads", threads)):
+            if value is not None and value < 1:
+                raise GeoEngineError(f"{name} must be at least 1, got {value}")
+        return cls(address=address, workers=workers, threads=threads)
+
+    def open(self) -> AbstractContextManager[Cluster]:
+        """Connect to the cluster; raises GeoEngineError."""
+        from geoengine.engine.cluster import open_cluster
+
+        return open_cluster(self.address, count=self.workers, threads=self.threads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
