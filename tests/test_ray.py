@@ -2,17 +2,35 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from command_line import run
+from command_line import refused, run
 from made_photos import encoded
 from tiny_bundle import write_tiny_bundle, write_tiny_tiles
+
+from geoengine.engine import cluster as cluster_module
+from geoengine.engine.bulk.engines import EngineSpec
+from geoengine.engine.bulk.formats import ResultFiles, ResultFormat
+from geoengine.engine.bulk.identity import bundle_identity
+from geoengine.engine.bulk.items import Items
+from geoengine.engine.bulk.jobs import JOB
+from geoengine.engine.bulk.parts import PartDone, Parts
+from geoengine.engine.bulk.spread import TRIES, LocateWork
+from geoengine.engine.bulk.stream import PhotoSearch
+from geoengine.engine.cluster import ClusterError, Workers
+from geoengine.engine.errors import GeoEngineError
+from geoengine.engine.photo_sets import open_photo_set
+from geoengine.engine.photos import PhotoLimits
+from geoengine.engine.search import SearchConfig
 
 pytest.importorskip("ray")
 
@@ -118,3 +136,121 @@ def test_a_killed_worker_costs_no_photo_and_none_is_there_twice(cluster, home, m
     assert out.read_bytes() == alone.read_bytes()
     assert len(out.read_text().splitlines()) == PHOTOS - 1
     assert [json.loads(line)["position"] for line in failures.read_text().splitlines()] == [BROKEN]
+
+
+# --- without a cluster ---
+
+
+@pytest.fixture
+def listening():
+    """A server that is none of Ray's: it says something else, or nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("command", ["locate", "build"])
+def test_an_address_without_a_cluster_is_said_within_seconds(home, tmp_path, listening, monkeypatch, command):
+    monkeypatch.setattr(cluster_module, "_ANSWER_S", 0.3)
+    begun = {
+        "locate": ("locate", home / "photos", *engine_of(home), "--out", tmp_path / "a.csv"),
+        "build": ("index", "build", *engine_of(home), "--zoom", "1", "--out", tmp_path / "index"),
+    }[command]
+    refused(run(*begun, "--ray", f"127.0.0.1:{free_port()}"), "no Ray cluster answers at 127.0.0.1:")
+    address = f"127.0.0.1:{listening.getsockname()[1]}"
+    refused(run(*begun, "--ray", address), f"no Ray cluster answers at {address} (timed out)")
+
+    def answer():
+        connection, _ = listening.accept()
+        connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+        connection.close()
+
+    connection, _ = listening.accept()  # of the command before
+    connection.close()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(answer)
+        refused(run(*begun, "--ray", address), "is no Ray cluster: give HOST:PORT of its head node")
+    for text in ("ray://127.0.0.1:10001", "head", "head:port", ":6379"):
+        refused(run(*begun, "--ray", text), f"{text!r} is no address of a Ray cluster")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_ray_needs_results_that_are_written(home):
+    photos = ("locate", home / "photos", *engine_of(home))
+    refused(run(*photos, "--ray", "local"), "--ray needs --out")
+    refused(run(*photos, "--workers", 2, "--out", home / "x.csv"), "--workers needs --ray")
+    refused(run(*photos, "--workers", 0, "--ray", "local", "--out", home / "x.csv"), "--workers must be at")
+
+
+@pytest.mark.parametrize(
+    ("resources", "count", "threads", "expected"),
+    [
+        ({"CPU": 8.0}, None, None, (8, 1, 0)),
+        ({"CPU": 8.0}, None, 3, (2, 3, 0)),
+        ({"CPU": 8.0}, 2, None, (2, 4, 0)),
+        ({"CPU": 8.0}, 20, None, (8, 1, 0)),
+        ({"CPU": 2.0}, None, 16, (1, 2, 0)),
+        ({"CPU": 32.0, "GPU": 4.0}, None, None, (4, 1, 1)),
+        ({"CPU": 32.0, "GPU": 4.0}, 2, 6, (2, 6, 1)),
+        ({"CPU": 2.0, "GPU": 4.0}, None, 6, (4, 1, 1)),
+    ],
+)
+def test_workers_are_what_the_cluster_has_room_for(resources, count, threads, expected):
+    workers = Workers.of(resources, count=count, threads=threads)
+    assert (workers.count, workers.cpus, workers.gpus) == expected
+
+
+def test_a_cluster_without_a_core_is_refused():
+    with pytest.raises(ClusterError, match="no CPU to give away"):
+        Workers.of({"GPU": 1.0}, count=None, threads=None)
+
+
+@pytest.fixture
+def work(home, tmp_path):
+    """The work of a job of which nothing is done."""
+    spec = EngineSpec(
+        bundle=str(home / "engines"),
+        tiles=str(home / "tiles"),
+        index=None,
+        backend="auto",
+        precision=None,
+        threads=1,
+        keeps_rows=False,
+    )
+    (tmp_path / JOB).touch()
+    files = ResultFiles(format=ResultFormat.JSONL, world="earth", about={})
+    with spec.open() as engine:
+        identity = {"encoders": bundle_identity(engine.bundle), "tiles": engine.source.identity}
+        search = PhotoSearch(config=SearchConfig(levels=engine.bundle.levels), limits=PhotoLimits())
+    return LocateWork(spec=spec, search=search, parts=Parts(tmp_path, files), identity=identity)
+
+
+def test_work_can_be_sent_and_done_twice(work, home):
+    sent = pickle.loads(pickle.dumps(work))
+    sent.begin()
+    part = (0, list(Items([open_photo_set(home / "photos")]))[:8])
+    assert sent.do(part) == PartDone(0, 7, 1)
+    before = work.parts.file(0).read_bytes()
+    work.parts.file(0).unlink()
+    assert sent.do(part) == PartDone(0, 7, 1) and work.parts.file(0).read_bytes() == before
+    sent._engine = None
+    assert sent.do(part) == PartDone(0, 7, 1), "what is there is not located again"
+
+
+def test_a_part_that_kills_worker_after_worker_is_given_up(work, home):
+    part = (3, list(Items([open_photo_set(home / "photos")]))[:2])
+    for _ in range(TRIES):
+        work.parts.tried(3)  # and the worker died
+    assert work.do(part) == PartDone(3, 0, 2)
+    [first, _] = work.parts.failures([3])
+    assert first.reason.endswith("00.png: the worker died 3 times with this photo or another one of its part")
+    assert work.parts.tried(3) == 1, "tried again, it counts anew"
+
+
+def test_a_machine_that_sees_something_else_is_refused(work, home, tmp_path):
+    for name, what in (("encoders", "the engine bundle"), ("tiles", "the tile source")):
+        other = replace(work, identity={**work.identity, name: "other"})
+        with pytest.raises(GeoEngineError, match=f"{what} is not the same as where the job was begun"):
+            other.begin()
+    (tmp_path / JOB).unlink()
+    with pytest.raises(GeoEngineError, match="results must go to storage that all share"):
+        work.begin()

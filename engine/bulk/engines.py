@@ -7,6 +7,8 @@ from pathlib import Path
 
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.index.known_rows import row_cache_folder
+from geoengine.engine.sources import TileSource, open_source
+from geoengine.engine.sources.nothing import NoTiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +37,12 @@ class EngineSpec:
             index=self.index,
             row_cache=(row_cache_folder() if self.keeps_rows else None) or rows,
         )
+
+    def source(self, world: str) -> TileSource:
+        """Open the tile source alone, for a bundle of a world; raises GeoEngineError."""
+        if self.tiles is None and world != "planet":
+            return NoTiles(world)
+        return open_source(self.tiles or world)
 
 
 def anywhere(spec: str) -> str:

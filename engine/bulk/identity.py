@@ -51,12 +51,14 @@ def job_order(
 
 
 def bundle_identity(bundle: EngineBundle) -> str:
-    """Return a hash of what a bundle's encoders compute and of its calibration, which results depend on."""
+    """Return a hash of what a bundle's encoders compute, GeoCLIP's too, and of its calibration."""
     try:
         calibration = (bundle.path / CALIBRATION).read_bytes()
     except FileNotFoundError:
         calibration = b""
-    return fingerprint(encoder_hash(bundle.manifest), calibration)
+    geoclip = bundle.geoclip()
+    gallery = "" if geoclip is None else encoder_hash(geoclip.manifest)
+    return fingerprint(encoder_hash(bundle.manifest), calibration, gallery)
 
 
 def _options(config: SearchConfig) -> list[str]:

@@ -93,12 +93,11 @@ def _locate_on_cluster(
 ) -> Exit:
     from geoengine.engine.bulk.spread import spread_job
     from geoengine.engine.bundle import EngineBundle, resolve_bundle
-    from geoengine.engine.sources import open_source
 
     spec = engine_order.spec()
     bundle = EngineBundle.open(resolve_bundle(spec.bundle))
     search = order.search(bundle)
-    with contextlib.closing(open_source(spec.tiles or "planet")) as source:
+    with contextlib.closing(spec.source(bundle.world)) as source:
         job_order = _job_order(bulk, items, bundle, source, search, engine_order)
     with contextlib.ExitStack() as stack:
 
