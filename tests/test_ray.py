@@ -84,9 +84,10 @@ def cluster(tmp_path_factory):
     ray.wait()
 
 
-def geoengine(*arguments):
-    """Begin the command in a process of its own."""
-    command = [sys.executable, "-c", "from geoengine.cli import main; main()", *map(str, arguments)]
+def geoengine(*arguments, before=""):
+    """Begin the command in a process of its own, after a line of Python."""
+    program = f"{before}\nfrom geoengine.cli import main; main()"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -106,6 +107,11 @@ def home(tmp_path_factory):
     return home
 
 
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    monkeypatch.setenv("GEOENGINE_CACHE", "off")
+
+
 def engine_of(home):
     return ("--bundle", home / "engines", "--tiles", home / "tiles", "--threads", 1)
 
@@ -114,8 +120,7 @@ def workers():
     return [number for number, text in processes("ray::") if "GeoEngineWorker" in text]
 
 
-def test_a_killed_worker_costs_no_photo_and_none_is_there_twice(cluster, home, monkeypatch):
-    monkeypatch.setenv("GEOENGINE_CACHE", "off")
+def test_a_killed_worker_costs_no_photo_and_none_is_there_twice(cluster, home):
     out = home / "results.jsonl"
     command = ("locate", home / "photos", *engine_of(home), "--photos-per-part", 1, "--out")
     job = geoengine(*command, out, "--ray", cluster)
@@ -136,6 +141,18 @@ def test_a_killed_worker_costs_no_photo_and_none_is_there_twice(cluster, home, m
     assert out.read_bytes() == alone.read_bytes()
     assert len(out.read_text().splitlines()) == PHOTOS - 1
     assert [json.loads(line)["position"] for line in failures.read_text().splitlines()] == [BROKEN]
+
+
+def test_an_index_of_a_cluster_is_that_of_one_machine(cluster, home):
+    command = ("index", "build", *engine_of(home), "--zoom", "1,3", "--out")
+    small_parts = "from geoengine.engine.index import building; building.TILES_PER_PART = 9"
+    build = geoengine(*command, home / "spread", "--ray", cluster, before=small_parts)
+    output, errors = build.communicate(timeout=90)
+    assert (build.returncode, errors) == (0, "") and "64 embeddings, 0 tiles missing" in output
+    assert run(*command, home / "alone").exit_code == 0
+    for file in ("z01.rows", "z03.rows", "manifest.json"):
+        assert (home / "spread" / file).read_bytes() == (home / "alone" / file).read_bytes()
+    assert not list((home / "spread" / "parts").iterdir())
 
 
 # --- without a cluster ---

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -41,13 +41,16 @@ from geoengine.engine.manifest import encoder_name
 from geoengine.engine.pictures import hand_on
 from geoengine.engine.regions import Region
 from geoengine.engine.regions.box import Overlap, searched_area
-from geoengine.engine.sources import TileSource
+from geoengine.engine.sources import TileSource, fingerprint
 from geoengine.engine.tiles import all_xy
 
 TILES_PER_PART = 4096
 """Tiles between two moments at which an interrupted build goes on."""
 
 _ABANDONED_S = 600.0  # a part is written in less than a second
+
+Embed: TypeAlias = Callable[[int, Sequence[Ids], Callable[[int], None]], None]
+"""Embeds the tiles of a zoom, in parts, into files of the index; tells how many are done, often."""
 
 BuildProgress: TypeAlias = Callable[[int, int, int], None]
 """(zoom, tiles done, tiles in all), often."""
@@ -63,8 +66,11 @@ def build_index(
     area: Region | None = None,
     land: bool = False,
     progress: BuildProgress = lambda zoom, done, total: None,
+    elsewhere: Embed | None = None,
 ) -> TileIndex:
     """Embed all tiles of some zooms that lie in an area, or only those of them on land, into a folder.
+
+    `elsewhere` embeds parts on other machines, in place of the source and the backend at hand.
 
     Nothing is asked for outside the source's bounds. A folder that holds a part of the same index is
     completed, one that holds other levels of it gets more. Tiles that the source lacks are noted and not
@@ -83,7 +89,8 @@ def build_index(
         for zoom in zooms:
             if zoom not in description.complete:
                 ids = np.sort(tile_ids(_tiles(zoom, region, land)))
-                _build_level(folder, source, backend, zoom, ids, wanted.maker.width, progress)
+                embed = elsewhere or Embedder(folder, source, backend, wanted.maker.width).embed
+                _build_level(folder, embed, zoom, ids, wanted.maker.width, progress)
                 description = description.with_level(zoom)
                 description.write(folder)
             _drop_parts(folder, zoom)
@@ -199,47 +206,71 @@ def _tiles(zoom: int, area: Region | None, land: bool) -> NDArray[np.int64]:
 
 
 def _build_level(
-    folder: Path,
-    source: TileSource,
-    backend: Backend,
-    zoom: int,
-    ids: Ids,
-    width: int,
-    progress: BuildProgress,
+    folder: Path, embed: Embed, zoom: int, ids: Ids, width: int, progress: BuildProgress
 ) -> None:
     """Embed the tiles of a level that no part has yet, and join the parts."""
-    segments = [Segment.open(file) for z, file in index_files(folder) if z == zoom]
     known = np.zeros(len(ids), dtype=bool)
-    for segment in segments:
+    for segment in _segments(folder, zoom):
         known |= (find(segment.ids, ids) >= 0) | (find(segment.missing, ids) >= 0)
     rest = ids[~known]
     before = len(ids) - len(rest)
     progress(zoom, before, len(ids))
-    for start in range(0, len(rest), TILES_PER_PART):
-        part, done = rest[start : start + TILES_PER_PART], before + start
-        embeddings = backend.rows(encoder_name(zoom), len(part))
-        arrived = hand_on(
-            source,
-            zoom,
-            tiles_of_ids(part),
-            embeddings.append,
-            batch=backend.batch,
-            progress=partial(_add, progress, zoom, done, len(ids)),
-        )
-        there = arrived.rows >= 0
-        file = new_part(folder, zoom)
-        rows = [embeddings.download()[arrived.rows[there]]] if there.any() else []
-        write_segment(file, zoom, part[there], part[~there], width, rows)
-        segments.append(Segment.open(file))
-        progress(zoom, done + len(part), len(ids))
+    parts = [rest[start : start + TILES_PER_PART] for start in range(0, len(rest), TILES_PER_PART)]
+    embed(zoom, parts, lambda done: progress(zoom, before + done, len(ids)))
+    segments = _segments(folder, zoom)
     if not segments:
         write_segment(level_file(folder, zoom), zoom, ids, ids, width, [])
     else:
         merge_segments(level_file(folder, zoom), segments)
 
 
-def _add(progress: BuildProgress, zoom: int, before: int, total: int, count: int) -> None:
-    progress(zoom, before + count, total)
+def _segments(folder: Path, zoom: int) -> list[Segment]:
+    return [Segment.open(file) for z, file in index_files(folder) if z == zoom]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedder:
+    """Embeds tiles of a source into parts of an index, of embeddings of length `width`."""
+
+    folder: Path
+    source: TileSource
+    backend: Backend
+    width: int
+
+    def embed(self, zoom: int, parts: Sequence[Ids], note: Callable[[int], None]) -> None:
+        """Embed one part after the other; see `Embed`."""
+        done = 0
+        for ids in parts:
+            self.embed_part(zoom, ids, partial(_add, note, done))
+            done += len(ids)
+            note(done)
+
+    def embed_part(self, zoom: int, ids: Ids, note: Callable[[int], None]) -> None:
+        """Embed tiles into a file, whose name tells these tiles from others; `note` hears of tiles done.
+
+        What the source and the backend raise passes through; IndexFileError when it cannot be written.
+        """
+        embeddings = self.backend.rows(encoder_name(zoom), len(ids))
+        arrived = hand_on(
+            self.source,
+            zoom,
+            tiles_of_ids(ids),
+            embeddings.append,
+            batch=self.backend.batch,
+            progress=note,
+        )
+        there = arrived.rows >= 0
+        rows = [embeddings.download()[arrived.rows[there]]] if there.any() else []
+        write_segment(part_of(self.folder, zoom, ids), zoom, ids[there], ids[~there], self.width, rows)
+
+
+def part_of(folder: Path, zoom: int, ids: Ids) -> Path:
+    """Return the file of the part with these tiles, whose name others do not have."""
+    return folder / PARTS / f"z{zoom:02d}-{fingerprint(ids.astype('<u8').tobytes())[:16]}.rows"
+
+
+def _add(note: Callable[[int], None], before: int, count: int) -> None:
+    note(before + count)
 
 
 def _drop_parts(folder: Path, zoom: int) -> None:

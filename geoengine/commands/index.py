@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from geoengine.commands.levels import parse_levels
+from geoengine.commands.options import (
+    BackendOption,
+    BundleOption,
+    PrecisionOption,
+    RayOption,
+    ThreadsOption,
+    TilesOption,
+    WithinOption,
+    WorkersOption,
+)
+from geoengine.commands.orders import ClusterOrder, EngineOrder
 from geoengine.commands.terminal import Rate, complain, progress_bar, waiting, write_result
+from geoengine.engine.scoring.kinds import Method
 
 if TYPE_CHECKING:
+    from geoengine.engine.bulk.engines import EngineSpec
+    from geoengine.engine.cluster import Cluster
+    from geoengine.engine.engine import GeoEngine
+    from geoengine.engine.index.building import Embed
     from geoengine.engine.index.tile_index import TileIndex
+    from geoengine.engine.regions import Region
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -29,40 +48,61 @@ def build(
     land: Annotated[
         bool, typer.Option("--land", help="Only land, without Antarctica, and a margin of one tile.")
     ] = False,
-    within: Annotated[
-        str | None,
-        typer.Option(
-            help="Only here: west,south,east,north in degrees, a GeoJSON file, an ISO country code."
-        ),
-    ] = None,
-    bundle: Annotated[
-        str | None, typer.Option(help="Engine bundle folder, or planet. Default: as for locate.")
-    ] = None,
-    tiles: Annotated[
-        str | None, typer.Option(help="Map tiles, as for locate. Default for the planet: its own.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="As for locate.")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="As for locate.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Encoder threads. Default: all cores.")] = None,
+    within: WithinOption = None,
+    bundle: BundleOption = None,
+    tiles: TilesOption = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
     out: Annotated[Path, typer.Option(help="Folder of the index.", metavar="DIR")] = Path("index"),
+    ray: RayOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Embed the tiles of some zooms. An interrupted build goes on with the same command.
 
     An index belongs to the encoders and to the tiles that it was built with, and is refused for others.
     """
-    from geoengine.engine.engine import GeoEngine
-    from geoengine.engine.index.building import build_index
     from geoengine.engine.regions import parse_region
 
     zooms = parse_levels(zoom)
     area = None if within is None else parse_region(within)
-    with waiting("loading the encoders"):
-        engine = GeoEngine.open(bundle, tiles, backend=backend, precision=precision, threads=threads)
-    with engine, progress_bar("starting") as show:
+    cluster_order = ClusterOrder.parse(ray, workers, threads)
+    order = EngineOrder.parse(False, bundle, tiles, None, backend, precision, threads, Method.tiles)
+    spec = dataclasses.replace(order.spec(), keeps_rows=False)
+    with contextlib.ExitStack() as stack:
+        cluster = None if cluster_order is None else stack.enter_context(cluster_order.open())
+        with waiting("loading the encoders"):
+            engine = stack.enter_context(spec.open())
         engine.check_region(area, land=land)
-        rate = Rate("tiles")
+        built = _build(out, engine, zooms, area, land, _elsewhere(out, engine, spec, cluster))
+    write_result(_table(built))
+
+
+def _elsewhere(out: Path, engine: GeoEngine, spec: EngineSpec, cluster: Cluster | None) -> Embed | None:
+    """Return what embeds tiles on a cluster, if there is one."""
+    if cluster is None:
+        return None
+    from geoengine.engine.index.spread import SpreadEmbedder
+    from geoengine.engine.index.tile_index import Maker
+
+    maker = Maker.of(engine.bundle, engine.source, engine.backend)
+    return SpreadEmbedder.of(cluster, spec, out, maker).embed
+
+
+def _build(
+    out: Path,
+    engine: GeoEngine,
+    zooms: tuple[int, ...],
+    area: Region | None,
+    land: bool,
+    elsewhere: Embed | None,
+) -> TileIndex:
+    from geoengine.engine.index.building import build_index
+
+    rate = Rate("tiles")
+    with progress_bar("starting") as show:
         try:
-            built = build_index(
+            return build_index(
                 out,
                 engine.bundle,
                 engine.source,
@@ -71,11 +111,11 @@ def build(
                 area=area,
                 land=land,
                 progress=lambda z, done, total: show(f"zoom {z}{rate.text(z, done, total)}", done, total),
+                elsewhere=elsewhere,
             )
         except KeyboardInterrupt:
             complain(f"{out}: the same command goes on with what is done")
             raise
-    write_result(_table(built))
 
 
 @app.command()
