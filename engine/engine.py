@@ -22,7 +22,7 @@ from geoengine.engine.bundle import EngineBundle, resolve_bundle
 from geoengine.engine.calibration import Calibration, RadiusFit
 from geoengine.engine.errors import BundleError, SourceError, TileError
 from geoengine.engine.geoclip import GeoClip, TwoSquares, no_map_encoders
-from geoengine.engine.geoclip.answer import gallery_location
+from geoengine.engine.geoclip.answer import APART_KM, gallery_location
 from geoengine.engine.index.known_rows import KnownRows, RowCache
 from geoengine.engine.index.tile_index import Maker, TileIndex
 from geoengine.engine.manifest import PHOTO, encoder_name, model_name
@@ -232,10 +232,11 @@ class GeoEngine:
 
     def _locate_in_gallery(self, photos: Sequence[PhotoSource], config: SearchConfig) -> list[Location]:
         """Answer with points of GeoCLIP's gallery, without a tile."""
-        start = time.perf_counter()
         geoclip = self.geoclip()
+        start = time.perf_counter()
         read = [self.prepare(photo, method=config.method) for photo in photos]
-        found = geoclip.best(geoclip.embed(read), config.top, within=config.within)
+        embeddings = geoclip.embed(read)
+        found = geoclip.best(embeddings, config.top, within=config.within, apart_km=APART_KM)
         seconds = (time.perf_counter() - start) / max(1, len(read))
         return [
             gallery_location(photo.name, matches, geoclip, config, seconds)

@@ -115,6 +115,23 @@ def test_the_radius_holds_its_share_of_the_gallery_and_reaches_the_next_point(ge
     assert matches.radius_km(1e-9) == pytest.approx(np.sort(distances)[1])
 
 
+def test_points_near_a_better_one_are_left_out_and_their_shares_kept(geoclip):
+    query = queries(1)
+    [every] = geoclip.best(query, len(geoclip.gallery.points))
+    [apart] = geoclip.best(query, 400, apart_km=2000.0)
+    kept = [LngLat(*point) for point in apart.points]
+    assert tuple(kept[0]) == tuple(every.points[0])
+    assert len(kept) < 100
+    assert min(great_circle_km(a, b) for i, a in enumerate(kept) for b in kept[:i]) >= 2000
+    assert apart.shares.sum() == pytest.approx(1)
+    owner = [
+        next(i for i, place in enumerate(kept) if great_circle_km(place, LngLat(*point)) < 2000)
+        for point in every.points
+    ]
+    np.testing.assert_allclose(apart.shares, np.bincount(owner, every.shares), rtol=1e-9)
+    assert (np.diff(apart.scores) <= 0).all()
+
+
 def test_only_points_of_the_region_are_compared(geoclip):
     region = parse_region("0,0,60,60")
     [matches] = geoclip.best(queries(1), 500, within=region)
@@ -206,7 +223,7 @@ def test_centres_are_computed_once_and_kept_on_the_disk(alone, tmp_path, monkeyp
 def test_geoclip_alone_needs_no_tiles(alone):
     with GeoEngine.open(alone, backend="onnxruntime-cpu", threads=1) as engine:
         found = engine.locate(photos(2), config=SearchConfig(top=3), method="geoclip")
-        best = engine.geoclip().best(engine.geoclip().embed(photos(2)), 3)
+        best = engine.geoclip().best(engine.geoclip().embed(photos(2)), 3, apart_km=25)
         for location, matches in zip(found, best, strict=True):
             assert location.levels == ()
             assert [tuple(c.point) for c in location.candidates] == list(map(tuple, matches.points))

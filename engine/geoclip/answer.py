@@ -1,4 +1,4 @@
-"""What `--method geoclip` answers: points of the gallery as a `Location`."""
+"""What method geoclip answers: points of the gallery as a `Location`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from geoengine.engine.results import Candidate, Location, ScoredTile, Scoring
 from geoengine.engine.scoring.answer import RADIUS_SHARE
 from geoengine.engine.search import SearchConfig
 from geoengine.engine.tiles import LngLat, tile_at
+
+APART_KM = 25.0
+"""How far candidates lie from each other: the gallery has hundreds of points in a city, and GeoCLIP's finest
+kernel, which reaches 15 km, hardly tells them apart."""
 
 
 def gallery_location(

@@ -37,7 +37,8 @@ class Matches:
     """The gallery's best points for one photo, best first.
 
     `points` is float64[t, 2], longitude and latitude in degrees; `scores` are cosines, `shares` a softmax
-    over all points that were compared, with GeoCLIP's logit scale. All of them, the nearest to the first one
+    over all points that were compared, with GeoCLIP's logit scale. A point has the shares of those that were
+    left out because they are near it. All of them, the nearest to the first one
     first, are in `distances_km` from it, float64[n], and `within`, the sum of shares up to each, float64[n].
     """
 
@@ -124,39 +125,76 @@ class GeoClip:
         return to_square(pixels, self.bundle.image_size, self.bundle.manifest.resize_mode)
 
     def best(
-        self, embeddings: NDArray[np.float32], top: int, *, within: Region | None = None
+        self,
+        embeddings: NDArray[np.float32],
+        top: int,
+        *,
+        within: Region | None = None,
+        apart_km: float = 0.0,
     ) -> list[Matches]:
-        """Return the `top` points of the gallery for each photo embedding, float32[p, d].
+        """Return at most `top` points of the gallery for each photo embedding, float32[p, d].
 
-        With `within`, only points there are compared. Raises RegionError when there are none.
+        With `within`, only points there are compared. With `apart_km`, a point nearer than that to a better
+        one is left out. Raises RegionError when there are none.
         """
         rows = self.gallery.within(within)
         points = self.gallery.points if rows is None else self.gallery.points[rows]
-        return [self._matches(query[None], rows, points, top) for query in embeddings]
+        found = []
+        for query in embeddings:
+            scores, shares = (v[0] for v in self.gallery.shares(query[None], self.logit_scale, rows))
+            found.append(_matches(points, scores, shares, top, apart_km))
+        return found
 
     def evidence(self, embeddings: NDArray[np.float32]) -> GeoClipEvidence:
         """Return what GeoCLIP says of map tiles for photo embeddings, float32[p, d]."""
         return GeoClipEvidence(self.gallery, self._centres, self.logit_scale, embeddings)
 
-    def _matches(
-        self,
-        query: NDArray[np.float32],
-        rows: NDArray[np.int64] | None,
-        points: NDArray[np.float64],
-        top: int,
-    ) -> Matches:
-        scores, shares = (values[0] for values in self.gallery.shares(query, self.logit_scale, rows))
-        best = np.argsort(-scores, kind="stable")[:top]
-        lng, lat = points[best[0]]
-        distances = great_circle_km_array(lng, lat, points[:, 0], points[:, 1])
-        nearest_first = np.argsort(distances, kind="stable")
-        return Matches(
-            points=points[best],
-            scores=scores[best],
-            shares=shares[best],
-            distances_km=distances[nearest_first],
-            within=np.cumsum(shares[nearest_first]),
-        )
+
+def _matches(
+    points: NDArray[np.float64],
+    scores: NDArray[np.float32],
+    shares: NDArray[np.float64],
+    top: int,
+    apart_km: float,
+) -> Matches:
+    order = np.argsort(-scores, kind="stable")
+    distances = _distances_km(points, order[0])
+    nearest_first = np.argsort(distances, kind="stable")
+    best, masses = order[:top], shares[order[:top]]
+    if apart_km > 0:
+        best, masses = _apart(points, shares, order, top, apart_km)
+    return Matches(
+        points=points[best],
+        scores=scores[best],
+        shares=masses,
+        distances_km=distances[nearest_first],
+        within=np.cumsum(shares[nearest_first]),
+    )
+
+
+def _apart(
+    points: NDArray[np.float64],
+    shares: NDArray[np.float64],
+    order: NDArray[np.intp],
+    top: int,
+    apart_km: float,
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return the best rows that lie apart, and the shares of the points around each, float64[t]."""
+    best: list[np.intp] = []
+    masses: list[float] = []
+    while len(order) and len(best) < top:
+        distances = _distances_km(points[order], 0)
+        near = distances < apart_km
+        best.append(order[0])
+        masses.append(float(shares[order[near]].sum()))
+        order = order[~near]
+    return np.array(best), np.array(masses)
+
+
+def _distances_km(points: NDArray[np.float64], row: int | np.intp) -> NDArray[np.float64]:
+    """Return the great-circle distances of all points from one of them."""
+    lng, lat = points[row]
+    return great_circle_km_array(lng, lat, points[:, 0], points[:, 1])
 
 
 def no_geoclip(bundle: EngineBundle) -> str:
