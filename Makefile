@@ -7,7 +7,7 @@ DIST ?= dist
 
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/* kernels/cuda/*)
 
-.PHONY: locate test lint readme wheel sanitize clean
+.PHONY: locate test lint readme page wheel sanitize clean
 
 locate: $(VENV)/base.stamp
 	@$(VENV)/bin/geoengine locate --demo '$(PHOTO)'
@@ -23,6 +23,10 @@ lint: $(VENV)/test.stamp
 # Puts the figures of bench/results into the README.
 readme: $(VENV)/base.stamp
 	$(VENV)/bin/python -m geoengine.bench.readme
+
+# Builds the service's web page; what it writes is committed. Needs Node 20 and npm.
+page:
+	cd geoengine/service/web && npm ci --no-audit --no-fund && npm run build
 
 wheel: $(VENV)/bin/python
 	$(VENV)/bin/pip wheel --no-deps --wheel-dir $(DIST) .

@@ -4,7 +4,7 @@ import io
 import json
 import mimetypes
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from urllib.parse import parse_qs, urlsplit
@@ -15,9 +15,9 @@ from geoengine.engine.tiles import LEVELS, Tile, center, children, parent, tile_
 
 STATIC = resources.files("geoengine.service").joinpath("static")
 CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-    "worker-src 'self'; font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; worker-src 'self'; font-src 'self'; manifest-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
 )
 ABOUT = {
     "version": "0.1.0",
@@ -56,7 +56,8 @@ def made_search(point, coverage=1.0, k=4):
         best = parent(target, zoom)
         near = children(parent(best, zoom - 2))
         others = [tile for tile in near if tile != best][: k - 1]
-        beam = [{"z": zoom, "x": t.x, "y": t.y, "score": round(0.9 - 0.05 * i, 6)} for i, t in enumerate([best, *others])]
+        kept = enumerate([best, *others])
+        beam = [{"z": zoom, "x": t.x, "y": t.y, "score": round(0.9 - 0.05 * i, 6)} for i, t in kept]
         levels.append(
             {
                 "zoom": zoom,
@@ -106,31 +107,31 @@ def made_search(point, coverage=1.0, k=4):
         "seconds": 1.25,
         "note": "This is a hypothesis, not a proof.",
     }
-    events = [
-        ("level", {"index": i, "levels": len(levels), **level}) for i, level in enumerate(levels)
-    ]
+    events = [("level", {"index": i, "levels": len(levels), **level}) for i, level in enumerate(levels)]
     return events, result
 
 
 class PageServer:
     """Serves the page; `answer` is what a search gets: a problem, or a function that sends events."""
 
-    def __init__(self):
+    def __init__(self, port=0):
         self.about, self.key, self.answer, self.requests = dict(ABOUT), "", None, []
         self.bodies = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                outer.get(self)
+                with suppress(ConnectionError):  # browsers leave when they please
+                    outer.get(self)
 
             def do_POST(self):
-                outer.post(self)
+                with suppress(ConnectionError):
+                    outer.post(self)
 
             def log_message(self, *_):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.http.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.http.server_port}"
 
@@ -166,10 +167,7 @@ class PageServer:
             request.wfile.write(f"event: {name}\ndata: {json.dumps(data)}\n\n".encode())
             request.wfile.flush()
 
-        try:
-            self.answer(event)
-        except ConnectionError:
-            pass
+        self.answer(event)
 
     def parameters(self):
         """Return the query of the last search."""
@@ -189,8 +187,8 @@ class PageServer:
 
 
 @contextmanager
-def page_server():
-    server = PageServer()
+def page_server(port=0):
+    server = PageServer(port)
     server.start()
     try:
         yield server

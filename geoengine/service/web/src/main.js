@@ -53,7 +53,9 @@ function offerOptions() {
   byId("k").replaceChildren(...widths.map((k) => option(k, k === defaults.k)));
   for (const [name, values] of Object.entries(choices ?? {})) {
     if (!Array.isArray(values) || values.length < 2 || byId(name)) continue;
-    const select = element("select", { id: name }, ...values.map((value) => option(value, value === defaults[name])));
+    const unnamed = defaults[name] == null ? [element("option", { value: "" }, "the best there is")] : [];
+    const named = values.map((value) => option(value, value === defaults[name]));
+    const select = element("select", { id: name }, ...unnamed, ...named);
     byId("fields").append(element("label", { for: name }, name[0].toUpperCase() + name.slice(1)), select);
   }
 }

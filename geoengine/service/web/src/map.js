@@ -93,10 +93,10 @@ export class SearchMap {
   showCandidate(result, candidate) {
     this.#skipQueue();
     this.#draw(result.levels.length - 1, candidate);
-    this.#drawAnswer(result, candidate);
+    const circle = this.#drawAnswer(result, candidate);
     // Far enough out that the radius can be seen around the best guess, and the tile around any other.
     const spot = box(candidate).pad(candidate.rank === 1 ? 1.5 : 4);
-    if (candidate.rank === 1) spot.extend(this.#circle(result).getBounds());
+    if (candidate.rank === 1) spot.extend(circle.getBounds());
     this.#fly(spot, 16);
   }
 
@@ -168,15 +168,11 @@ export class SearchMap {
     this.#map.getContainer().classList.toggle("far", side < 12);
   }
 
-  #circle(result) {
+  // Returns the circle of the radius.
+  #drawAnswer(result, chosen) {
     const circle = new Circle([result.latitude, result.longitude], {
       className: "radius", radius: Math.min(result.radius_km, 5000) * 1000, interactive: false,
-    });
-    return circle.addTo(this.#layers); // only on a map does it know its bounds
-  }
-
-  #drawAnswer(result, chosen) {
-    this.#circle(result);
+    }).addTo(this.#layers);
     for (const candidate of [...result.candidates].reverse()) {
       const icon = new DivIcon({
         className: candidate.rank === chosen.rank ? "pin chosen" : "pin", html: String(candidate.rank), iconSize: [24, 24],
@@ -187,6 +183,7 @@ export class SearchMap {
         zIndexOffset: candidate.rank === chosen.rank ? 1000 : -candidate.rank,
       }).addTo(this.#layers);
     }
+    return circle;
   }
 
   // The whole world, small: where the beam is when the map shows a part of it.
