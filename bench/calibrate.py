@@ -28,7 +28,7 @@ PHOTOS_PER_CALL = 25
 LEAST_PHOTOS = 50
 """With fewer, the fits would say more of these photos than of the encoders."""
 
-_ROUNDS = 2  # the second sees the beams that the first one's fit chooses
+_ROUNDS = 2  # the first sees the beams of the paper's score, the second those that its fit chooses
 
 CalibrationProgress: TypeAlias = Callable[[int, int], None]
 """(photos searched, photos to search in all)."""
@@ -123,8 +123,10 @@ class _Session:
             means = {zoom: self._mean(zoom) for zoom in self.seen_ids}
             plain = Fit(levels=calibration.fits["plain"].levels)
             calibration = replace(calibration, means=means, fits={**calibration.fits, "centred": plain})
-        for _ in range(_ROUNDS):
-            seen, names = self._look(calibration, centred, evidence_of)
+        for turn in range(_ROUNDS):
+            of_cosines = turn == 0 and evidence_of is None
+            score = Score.paper if of_cosines else Score.path
+            seen, names = self._look(calibration, score, centred, evidence_of)
             kind = kind_of(centred=centred, evidence=names)
             old = calibration.fits.get(kind)
             fit = Fit(levels=fit_levels(seen, start), radii={} if old is None else old.radii)
@@ -164,12 +166,10 @@ class _Session:
         return found
 
     def _look(
-        self, calibration: Calibration, centred: bool, evidence_of: EvidenceOf | None
+        self, calibration: Calibration, score: Score, centred: bool, evidence_of: EvidenceOf | None
     ) -> tuple[list[list[Seen]], list[str]]:
         """Return what searches in which the truth always stays saw, and the names of the evidence."""
-        config = SearchConfig(
-            k=self.beam, score=Score.path, centred=centred, levels=self.engine.bundle.levels
-        )
+        config = SearchConfig(k=self.beam, score=score, centred=centred, levels=self.engine.bundle.levels)
         every: list[list[Seen]] = []
         names: list[str] = []
         for part in self._parts():
