@@ -31,6 +31,7 @@ from geoengine.engine.preprocess import to_square
 from geoengine.engine.regions import Region, RegionError
 from geoengine.engine.results import Level, Location, Scoring
 from geoengine.engine.scoring.answer import answer, nearest_radius
+from geoengine.engine.scoring.density import Density, open_prior
 from geoengine.engine.scoring.evidence import TileEvidence
 from geoengine.engine.scoring.kinds import BEST_TILE, Method, Score
 from geoengine.engine.search import LevelDone, Progress, SearchConfig, levels_of, search
@@ -83,6 +84,7 @@ class GeoEngine:
         if bundle.manifest.geoclip is not None:
             self._open_geoclip = partial(GeoClip, bundle, backend, cache=row_cache)
         self._geoclip: GeoClip | None = None
+        self._priors: dict[str, Density] = {}
         self._opening = threading.Lock()
         self.known: KnownRows | None = None
         if index is not None:
@@ -195,6 +197,8 @@ class GeoEngine:
         read = [self.prepare(photo, method=config.method) for photo in photos]
         embeddings = self.embed_photos(read)
         evidence, joined = self._said_by_geoclip(read, config)
+        if config.prior is not None:
+            evidence = (*evidence, self._prior(config.prior))
         found = search(
             embeddings,
             self.source,
@@ -222,12 +226,13 @@ class GeoEngine:
     def resolved(self, config: SearchConfig) -> SearchConfig:
         """Return a configuration whose score is chosen: that of the bundle where it was None.
 
-        Fusion is of the path score, and GeoCLIP alone has none.
+        Fusion and priors are of the path score, and GeoCLIP alone has none.
         """
         if config.score is not None or not config.method.searches:
             return config
         calibration = self.bundle.calibration
-        of_path = (calibration is not None and calibration.fitted) or config.method is Method.fused
+        evidence = config.method is Method.fused or config.prior is not None
+        of_path = evidence or (calibration is not None and calibration.fitted)
         return replace(config, score=Score.path if of_path else Score.paper)
 
     def _locate_in_gallery(self, photos: Sequence[PhotoSource], config: SearchConfig) -> list[Location]:
@@ -242,6 +247,13 @@ class GeoEngine:
             gallery_location(photo.name, matches, geoclip, config, seconds)
             for photo, matches in zip(read, found, strict=True)
         ]
+
+    def _prior(self, spec: str) -> Density:
+        """Return a prior, which is opened once; raises PriorError."""
+        with self._opening:
+            if spec not in self._priors:
+                self._priors[spec] = open_prior(spec, self.bundle.world)
+            return self._priors[spec]
 
     def _said_by_geoclip(
         self, photos: Sequence[Photo], config: SearchConfig
@@ -334,7 +346,7 @@ class GeoEngine:
             levels=levels,
             k=config.k,
             tiles=self.source.name,
-            attribution=self.source.attribution,
+            attribution=self._attribution(config),
             model=self._model(config),
             seconds=seconds,
             within="" if config.within is None else config.within.name,
@@ -358,6 +370,10 @@ class GeoEngine:
         if not config.method.asks_geoclip:
             return own
         return f"{own} with {model_name(self.geoclip().bundle.manifest)}"
+
+    def _attribution(self, config: SearchConfig) -> str:
+        prior = "" if config.prior is None else self._prior(config.prior).attribution
+        return "; ".join(filter(None, (self.source.attribution, prior)))
 
     def _as_calibrated(self, config: SearchConfig, radius: RadiusFit, last: Level) -> bool:
         """Whether a search is of the kind whose radii were fitted."""

@@ -64,6 +64,8 @@ class SearchConfig:
         for name, value in (("k", self.k), ("top", self.top)):
             if value < 1:
                 raise GeoEngineError(f"{name} must be at least 1, got {value}")
+        if self.prior is not None and not self.method.searches:
+            raise GeoEngineError(f"a prior is of tiles, and --method {self.method} has none: leave it out")
         if self.quota is not None and self.quota < 1:
             raise GeoEngineError(f"the quota must be at least 1, got {self.quota}")
         if self.deadline_s is not None and not self.deadline_s > 0:

@@ -14,6 +14,7 @@ from geoengine.commands import (
     index,
     locate,
     prepare,
+    prior,
     serve,
     tiles,
     train,
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command()(locate.locate)
 app.command()(build_engines.build_engines)
 app.command()(calibrate.calibrate)
+app.command()(prior.prior)
 app.command()(doctor.doctor)
 app.command()(serve.serve)
 app.add_typer(index.app, name="index")

@@ -25,6 +25,7 @@ from geoengine.commands.options import (
     ObjectiveOption,
     OverzoomOption,
     PrecisionOption,
+    PriorOption,
     QuotaOption,
     ThreadsOption,
     TilesOption,
@@ -130,6 +131,7 @@ def evaluate(
     quota: QuotaOption = None,
     centred: CentredOption = False,
     objective: ObjectiveOption = "best-tile",
+    prior: PriorOption = None,
     overzoom: OverzoomOption = False,
     deadline: DeadlineOption = None,
     backend: BackendOption = "auto",
@@ -148,7 +150,7 @@ def evaluate(
     """
     from geoengine.bench.truth_sets import open_truth_set, refuse_trained
 
-    scoring = ScoringOrder(quota=quota, centred=centred, objective=objective)
+    scoring = ScoringOrder(quota=quota, centred=centred, objective=objective, prior=prior)
     config = search_config(1, levels, 1, within, deadline, overzoom, scoring)
     configs = _configs(config, method, score or [], _widths(k, more_k))
     limits = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif=False).limits

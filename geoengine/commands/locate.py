@@ -28,6 +28,7 @@ from geoengine.commands.options import (
     OverzoomOption,
     PartOption,
     PrecisionOption,
+    PriorOption,
     QuotaOption,
     RayOption,
     RestartOption,
@@ -104,6 +105,7 @@ def locate(
     quota: QuotaOption = None,
     centred: CentredOption = False,
     objective: ObjectiveOption = "best-tile",
+    prior: PriorOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = None,
     threads: ThreadsOption = None,
@@ -136,7 +138,9 @@ def locate(
     bulk = BulkOrder.parse(out, out_format, photos_per_part, restart, retry_failed, cluster)
     if bulk is not None and (output is not Output.TABLE or map_file is not None):
         raise GeoEngineError("--out excludes --json, --geojson and --map")
-    scoring = ScoringOrder(score=score, quota=quota, centred=centred, objective=objective, method=method)
+    scoring = ScoringOrder(
+        score=score, quota=quota, centred=centred, objective=objective, prior=prior, method=method
+    )
     config = search_config(k, levels, top, within, deadline, overzoom, scoring)
     engine_order = EngineOrder.parse(demo, bundle, tiles, index, backend, precision, threads, method)
     order = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif)

@@ -72,6 +72,14 @@ ObjectiveOption = Annotated[
         help="best-tile, or a radius such as 25km: the answer is the centre of most probability within it."
     ),
 ]
+PriorOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How likely photos are taken anywhere: population, or a file of geoengine prior. It favours "
+        "places that are much photographed. Default: everywhere alike.",
+        metavar="NAME|FILE",
+    ),
+]
 OverzoomOption = Annotated[
     bool, typer.Option("--overzoom", help="Enlarge coarser tiles where the source has none.")
 ]

@@ -168,6 +168,7 @@ class ScoringOrder:
     quota: int | None = None
     centred: bool = False
     objective: str = "best-tile"
+    prior: str | None = None
     method: Method = Method.tiles
 
 
@@ -197,5 +198,6 @@ def search_config(
         quota=scoring.quota,
         centred=scoring.centred,
         objective=Objective.parse(scoring.objective),
+        prior=scoring.prior,
         method=scoring.method,
     )
