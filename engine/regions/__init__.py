@@ -18,6 +18,9 @@ _WHAT_A_REGION_IS = (
 )
 
 
+_LONGEST_BOX = 200  # characters that are repeated in an error
+
+
 class RegionError(GeoEngineError):
     """A region cannot be understood, or has no tiles."""
 
@@ -71,12 +74,12 @@ def parse_given_region(text: str) -> Region:
 
     That is a box, a country, or GeoJSON itself. Raises RegionError.
     """
-    if text.count(",") == 3:
-        return _parse_box(text)
     if text.lstrip().startswith("{"):
         from geoengine.engine.regions.geojson import parse_geojson
 
         return parse_geojson(text, name="a GeoJSON region", where="within")
+    if text.count(",") == 3 and len(text) <= _LONGEST_BOX:
+        return _parse_box(text)
     if text.isascii() and text.isalpha() and len(text) in (2, 3):
         from geoengine.engine.regions.countries import country
 

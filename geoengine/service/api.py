@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -41,9 +40,10 @@ _GONE = Response(status_code=499)  # nobody reads it
 class Api:
     """The routes of one worker."""
 
-    def __init__(self, locator: Callable[[], Locator], metrics: Metrics, rate_per_minute: float) -> None:
+    def __init__(self, locator: Locator, metrics: Metrics) -> None:
         self._locator, self._metrics = locator, metrics
-        self._rate, self._tile_rate = Rate(rate_per_minute), Rate(rate_per_minute * _TILES_PER_PHOTO)
+        rate = locator.settings.rate_per_minute
+        self._rate, self._tile_rate = Rate(rate), Rate(rate * _TILES_PER_PHOTO)
         self._started = time.monotonic()
 
     def router(self) -> APIRouter:
@@ -64,7 +64,7 @@ class Api:
         as_geojson = _wants_geojson(request.headers.get("accept", "*/*"))
         async with AsyncExitStack() as stack:
             photo, config, until = await self._prepare(request, stack)
-            searching = self._locator().locate(_visit(request).client, photo, config, until=until)
+            searching = self._locator.locate(_visit(request).client, photo, config, until=until)
             try:
                 location = await while_connected(request.receive, searching)
             except ClientGone:
@@ -94,7 +94,7 @@ class Api:
 
     async def _prepare(self, request: Request, stack: AsyncExitStack) -> tuple[Photo, SearchConfig, float]:
         """Take a place in the queue, and read the photo and the parameters; raises a problem."""
-        locator, client = self._locator(), _visit(request).client
+        locator, client = self._locator, _visit(request).client
         settings, start = locator.settings, time.monotonic()
         self._rate.take(client)
         locator.check()
@@ -136,8 +136,8 @@ class Api:
                 before = now
                 tell("accepted", {"request": visit.id, "waiting": now})
 
-        moved(self._locator().admission.waiting)
-        return await self._locator().locate(
+        moved(self._locator.admission.waiting)
+        return await self._locator.locate(
             visit.client, photo, config, until=until, moved=moved, progress=progress, on_level=on_level
         )
 
@@ -150,7 +150,7 @@ class Api:
     ) -> Response:
         """Return a map tile of the source that is searched, for a map to show."""
         self._tile_rate.take(_visit(request).client)
-        locator = self._locator()
+        locator = self._locator
         try:
             jpeg = await locator.tile(z, x, y)
         except GeoEngineError as error:
@@ -161,7 +161,7 @@ class Api:
 
     async def about(self) -> JSONResponse:
         """Return what this service searches, with which limits, and what it may be asked."""
-        locator = self._locator()
+        locator = self._locator
         settings, source, manifest = locator.settings, locator.engine.source, locator.engine.bundle.manifest
         shown = source.storable
         return JSONResponse(
@@ -202,7 +202,7 @@ class Api:
 
     async def health(self, request: Request) -> JSONResponse:
         """Tell whether the service can answer, and with what; without a needed key, only whether."""
-        locator = self._locator()
+        locator = self._locator
         failing = locator.shared.state.failing
         status = "stalled" if locator.stalled else "failing" if failing else "ok"
         told: dict[str, Any] = {"status": status, "version": version("geoengine")}

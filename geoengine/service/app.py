@@ -41,23 +41,22 @@ _log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, *, end: Callable[[int], None] = os._exit) -> ASGIApp:
-    """Return the application; its start opens the engine, and raises GeoEngineError when that cannot be.
+    """Open the engine and return the application, whose end closes it; raises GeoEngineError.
 
     `end` is called when the encoders have stalled for too long: only a new process helps then.
     """
     metrics = Metrics()
-    opened: list[Locator] = []
+    locator = Locator(settings, metrics)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         del app
-        opened.append(await asyncio.to_thread(Locator, settings, metrics))
-        watching = asyncio.ensure_future(_watch(opened[0], end))
+        watching = asyncio.ensure_future(_watch(locator, end))
         try:
             yield
         finally:
             watching.cancel()
-            await asyncio.to_thread(opened.pop().close)
+            await asyncio.to_thread(locator.close)
 
     app = FastAPI(
         title="geoengine",
@@ -70,7 +69,7 @@ def create_app(settings: Settings, *, end: Callable[[int], None] = os._exit) -> 
     )
     for kind in (Problem, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _refused)
-    app.include_router(Api(lambda: opened[0], metrics, settings.rate_per_minute).router())
+    app.include_router(Api(locator, metrics).router())
     app.add_api_route("/", _page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/static/{name:path}", _static, methods=["GET"], include_in_schema=False)
     return Guard(app, settings, metrics)

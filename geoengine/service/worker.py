@@ -83,31 +83,12 @@ def main() -> None:
     listening = socket.socket(fileno=int(sys.argv[1]))
     _log_to_stderr()
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
-    failures: list[GeoEngineError] = []
-    config = server_config(_telling(create_app(settings), failures))
-    server = _Server(config)
-    server.run(sockets=[listening])
-    if failures:
-        complain(str(failures[0]))
-        raise SystemExit(Exit.FAILED)
-    if not server.started:
-        raise SystemExit(1)
-
-
-def _telling(app: Any, failures: list[GeoEngineError]) -> Any:  # noqa: ANN401 - an ASGI application
-    """Note why an application cannot start: uvicorn would print a traceback."""
-
-    async def wrapped(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
-        if scope["type"] != "lifespan":
-            await app(scope, receive, send)
-            return
-        try:
-            await app(scope, receive, send)
-        except GeoEngineError as error:
-            failures.append(error)
-            raise
-
-    return wrapped
+    try:
+        app = create_app(settings)
+    except GeoEngineError as error:
+        complain(str(error))
+        raise SystemExit(Exit.FAILED) from None
+    _Server(server_config(app)).run(sockets=[listening])
 
 
 def _end_with_supervisor() -> None:
