@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from geoengine.engine.backends import Backend
 from geoengine.engine.backends.onnxruntime import OnnxRuntimeCpu
 from geoengine.engine.backends.openvino import OpenVino
+from geoengine.engine.backends.sessions import load_onnxruntime
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.cores import available_cores
 from geoengine.engine.manifest import PHOTO, SCHEMA, Graphs, Manifest, Variant
@@ -254,7 +255,8 @@ def _torch(tower: Any, mean: Any, std: Any, dtype: Any) -> Encode:  # noqa: ANN4
 def _dynamic(files: tuple[Path, Path], folder: Path) -> Encode:
     """Return ONNX Runtime with scales taken from each batch, the usual one-line quantisation."""
     import onnx
-    import onnxruntime as ort
+
+    ort = load_onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     sessions = []
@@ -345,7 +347,6 @@ def _images_per_second(
 
 def machine() -> dict[str, Any]:
     """Return what the figures were measured with and on."""
-    import onnxruntime
     import openvino
     import torch
 
@@ -354,7 +355,7 @@ def machine() -> dict[str, Any]:
         "cpu": openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"),
         "cores": available_cores(),
         "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": load_onnxruntime().__version__,
         "openvino": openvino.__version__,
         "python": platform.python_version(),
         "date": datetime.now(UTC).date().isoformat(),

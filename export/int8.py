@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from geoengine.engine.backends.sessions import load_onnxruntime
 from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import ExportError
 from geoengine.engine.manifest import Variant
@@ -100,8 +101,7 @@ def _observe(
     path: Path, sites: list[Site], samples: NDArray[Any]
 ) -> tuple[dict[str, Observed], NDArray[np.float32]]:
     """Run an fp32 graph on samples; return what the sites' inputs hold, by name, and the graph's results."""
-    import onnxruntime as ort
-
+    ort = load_onnxruntime()
     proto = onnx.load(path, load_external_data=False)
     result = proto.graph.output[0].name
     names = list(dict.fromkeys(site.input for site in sites))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,12 @@ class Sessions:
 
 
 def load_onnxruntime() -> Any:  # noqa: ANN401 - the module, which has no types
-    """Return the onnxruntime module; raises BackendError with the remedy when it cannot be imported."""
+    """Return the onnxruntime module; raises BackendError with the remedy when it cannot be imported.
+
+    From 1.29 on, its official wheels report to their maker which models are loaded and how they run, unless
+    the environment says otherwise before the import; so it does here, if the user has not set the variable.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from geoengine.engine.backends.sessions import load_onnxruntime
 from geoengine.engine.doctor import gpu
 from geoengine.engine.doctor.finding import Finding, State, installed_version
 
@@ -25,7 +26,7 @@ def findings() -> list[Finding]:
         detail = f"{' and '.join(wheels)} are both installed, and overwrite each other's files"
         return [Finding(topic="ONNX Runtime", state=State.BROKEN, detail=detail, remedy=remedy)]
     try:
-        import onnxruntime
+        onnxruntime = load_onnxruntime()
     except Exception as error:  # a broken wheel fails in many ways
         detail = f"cannot be imported: {error}"
         return [Finding(topic="ONNX Runtime", state=State.BROKEN, detail=detail, remedy=remedy)]
