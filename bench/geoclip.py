@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,10 +25,12 @@ from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, BundleError
 from geoengine.engine.geoclip import GeoClip
 from geoengine.engine.geoclip.evidence import TileCentres
+from geoengine.engine.geoclip.gallery import Gallery
 from geoengine.engine.manifest import PHOTO, model_name
-from geoengine.engine.tiles import all_xy, descendants_xy
+from geoengine.engine.tiles import all_xy, descendants_xy, great_circle_km_array
 
 _CANDIDATES = 256  # tiles of a level at k = 16
+_SAMPLE = 2000  # points whose nearest other is looked for
 
 
 def measure(bundle: EngineBundle, rounds: int) -> dict[str, Any]:
@@ -41,14 +44,71 @@ def measure(bundle: EngineBundle, rounds: int) -> dict[str, Any]:
     files = {name: entry.bytes for name, entry in own.manifest.files.items()}
     return {
         "model": model_name(own.manifest),
+        "variants": list(own.variants),
         "machine": machine(),
         "rounds": rounds,
+        "load": os.getloadavg()[0],
         "gallery_points": len(geoclip.gallery.points),
         "photo_s": _photo_seconds(own, rounds),
         "parts_s": parts,
         "gallery_speedup": parts["encode the gallery again"] / parts["compare with the gallery"],
+        "nearest_point": _spacing(geoclip.gallery),
+        "parity": own.manifest.parity,
         "bytes": files | {"all": sum(files.values())},
     }
+
+
+def report(figures: dict[str, Any]) -> str:
+    """Return the figures as Markdown."""
+    machine = figures["machine"]
+    on = f"{machine['cores']} cores of {machine['cpu']}, {machine['date']}"
+    least, spacing = figures["parity"], figures["nearest_point"]
+    photo = ", ".join(
+        f"{least[variant]['photo']['min_cosine']:.5f} of the photo encoder in {variant}"
+        for variant in figures["variants"]
+    )
+    lines = [
+        f"# GeoCLIP, measured on {on}",
+        "",
+        f"{figures['model']}. Medians of {figures['rounds']} interleaved rounds; "
+        f"the load average was {figures['load']:.0f}, and above the number of cores only ratios mean much.",
+        "",
+        "| one photo, on | time |",
+        "| --- | ---: |",
+        *(f"| {name} | {_time(seconds)} |" for name, seconds in figures["photo_s"].items()),
+        "",
+        "| then, on the CPU | time |",
+        "| --- | ---: |",
+        *(f"| {name} | {_time(seconds)} |" for name, seconds in figures["parts_s"].items()),
+        "",
+        f"Comparing with {figures['gallery_points']:,} points is {figures['gallery_speedup']:,.0f} times as "
+        "fast as encoding them again for every photo, which the published package does.",
+        "",
+        "| file | MB |",
+        "| --- | ---: |",
+        *(f"| {name} | {size / 1e6:.1f} |" for name, size in figures["bytes"].items() if size > 1e6),
+        "",
+        f"Least cosine to PyTorch: {least['location']['min_cosine']:.7f} of the location encoder, {photo}.",
+        "",
+        f"Of the gallery's points, half have another within {spacing['median_km']:.2f} km, and "
+        f"{spacing['within_25_km']:.1%} within 25 km.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _spacing(gallery: Gallery) -> dict[str, float]:
+    """Return how far the gallery's points are from the nearest other, of some of them."""
+    rows = np.random.default_rng(0).permutation(len(gallery.points))[:_SAMPLE]
+    nearest = np.empty(len(rows))
+    for number, row in enumerate(rows):
+        lng, lat = gallery.points[row]
+        distances = great_circle_km_array(lng, lat, gallery.points[:, 0], gallery.points[:, 1])
+        nearest[number] = np.partition(distances, 1)[1]
+    return {"median_km": float(np.median(nearest)), "within_25_km": float((nearest <= 25).mean())}
 
 
 def _parts(geoclip: GeoClip, query: NDArray[np.float32], rounds: int) -> dict[str, list[float]]:
@@ -110,17 +170,18 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure a bundle, print the figures, and write them as JSON with --out."""
+    """Measure a bundle, print the figures, and write them with --out, as JSON and beside it as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    text = json.dumps(measure(EngineBundle.open(options.bundle), options.rounds), indent=2) + "\n"
-    print(text, end="")
+    figures = measure(EngineBundle.open(options.bundle), options.rounds)
+    print(report(figures), end="")
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
+        options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        options.out.with_suffix(".md").write_text(report(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":
