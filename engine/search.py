@@ -86,7 +86,6 @@ class SearchConfig:
             "a quota": self.quota is not None,
             "centring": self.centred,
             "an objective": self.objective != BEST_TILE,
-            "a prior": self.prior is not None,
         }
         if not self.method.searches and any(of_tiles.values()):
             given = ", ".join(name for name, chosen in of_tiles.items() if chosen)

@@ -316,7 +316,6 @@ def test_results_of_the_gallery_suit_every_writer(engine):
     [
         ({"score": Score.path}, "a score is for"),
         ({"quota": 2, "centred": True}, "a quota, centring is for"),
-        ({"prior": "population"}, "a prior is for"),
     ],
 )
 def test_what_is_only_for_tiles_is_refused(options, message):
