@@ -373,6 +373,7 @@ def test_a_map_that_may_not_be_shown(server, open_page):
     server.about |= {"world": "earth", "demo": False}
     page = open_page(server.address)
     expect(page.locator("#map-note")).to_have_text("The map is not shown: its terms forbid it.")
+    expect(page.locator("#map path.land")).to_have_count(1)  # the coasts instead
     expect(page.locator("#samples")).to_be_hidden()
     expect(page.locator("#banner")).to_be_hidden()
     choose(page)

@@ -4,6 +4,7 @@ import { createHash } from "node:crypto";
 import { cpSync, mkdirSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { build } from "esbuild";
+import { feature } from "topojson-client";
 
 const SOURCE = "src", OUT = "../static", USE = "../../../RESPONSIBLE_USE.md";
 const sha256 = (data) => createHash("sha256").update(data).digest("hex");
@@ -29,6 +30,26 @@ function htmlOf(markdown) {
   }).join("\n");
 }
 
+// The coasts of Earth (Natural Earth, public domain), for servers whose map may not be shown: rings of [lat, lng].
+function coasts() {
+  const atlas = JSON.parse(text("node_modules/world-atlas/land-110m.json"));
+  const round = (degrees) => Math.round(100 * degrees) / 100;
+  // A ring that crosses 180 degrees goes on beyond it, instead of running back across the map.
+  const unwrapped = (ring) => {
+    let turns = 0;
+    return ring.map(([lng, lat], i) => {
+      const step = i ? lng - ring[i - 1][0] : 0;
+      turns += step < -180 ? 1 : step > 180 ? -1 : 0;
+      return [round(lat), round(lng + 360 * turns)];
+    });
+  };
+  const shifted = (polygon, degrees) => polygon.map((ring) => ring.map(([lat, lng]) => [lat, round(lng + degrees)]));
+  const polygons = feature(atlas, atlas.objects.land).features
+    .flatMap(({ geometry }) => geometry.coordinates.map((polygon) => polygon.map(unwrapped)));
+  const beyond = (sign) => polygons.filter(([ring]) => ring.some(([, lng]) => sign * lng > 180));
+  return [...polygons, ...beyond(1).map((p) => shifted(p, -360)), ...beyond(-1).map((p) => shifted(p, 360))];
+}
+
 rmSync(OUT, { recursive: true, force: true });
 mkdirSync(join(OUT, "samples"), { recursive: true });
 const built = await build({
@@ -51,6 +72,8 @@ writeFileSync(join(OUT, "index.html"), filled(text(`${SOURCE}/index.html`)));
 const use = text(`${SOURCE}/responsible-use.html`).replace("__TEXT__", () => htmlOf(text(USE)));
 writeFileSync(join(OUT, "responsible-use.html"), filled(use));
 for (const file of ["icon.svg", "samples"]) cpSync(join(SOURCE, file), join(OUT, file), { recursive: true });
+
+writeFileSync(join(OUT, "coasts.json"), JSON.stringify(coasts()));
 
 // The same sums as in tests/test_page_build.py.
 const sources = ["build.mjs", "package-lock.json", "package.json", USE, ...filesBelow(SOURCE)];

@@ -32,6 +32,7 @@ async function start() {
   byId("about").textContent = `geoengine ${about.version} · ${about.model} · map: ${about.tiles.source ?? ""}`;
   map.setTiles(about.tiles, key);
   const { shown, reason } = about.tiles;
+  if (!shown && about.world === "earth") map.showCoasts().catch(() => {}); // the search goes on without them
   byId("map-note").textContent = shown ? "" : `The map is not shown: ${reason || "the terms of its source do not allow it"}.`;
   show("map-note", !shown);
   offerOptions();
@@ -185,7 +186,8 @@ function clearResult() {
 function showResult() {
   const best = result.candidates[0];
   byId("progress").value = 1;
-  byId("status").textContent = `Done in ${(result.seconds ?? 0).toFixed(1)} s. The best guess is below.`;
+  const took = result.seconds >= 0.1 ? `in ${result.seconds.toFixed(1)} s` : "in under 0.1 s";
+  byId("status").textContent = `Done ${took}. The best guess is below.`;
   showBest(result);
   for (const id of RESULT_CARDS) show(id, id !== "path" || result.levels.length > 0);
   show("legend", true);

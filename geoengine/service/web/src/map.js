@@ -1,6 +1,6 @@
 // The map: tiles of the server, the beams as they narrow, and the answer.
 
-import { CircleMarker, DivIcon, FeatureGroup, LatLngBounds, Map as LeafletMap, Marker, Rectangle, Circle, TileLayer }
+import { CircleMarker, DivIcon, FeatureGroup, LatLngBounds, Map as LeafletMap, Marker, Polygon, Rectangle, Circle, TileLayer }
   from "leaflet/dist/leaflet-src.esm.js";
 import { tileUrl } from "./api.js";
 import { degrees } from "./format.js";
@@ -63,6 +63,13 @@ export class SearchMap {
     layer({ maxNativeZoom: Math.max(options.minNativeZoom, Math.min(3 - offset, options.maxNativeZoom)), maxZoom: 9, attribution: "" });
     layer({});
     this.#world = tiles.min_zoom === 0 && !key ? tiles.url.replace("{z}", 0).replace("{x}", 0).replace("{y}", 0) : "";
+  }
+
+  // Puts the coasts of Earth under the search, where no tiles may be shown.
+  async showCoasts() {
+    const response = await fetch("/static/coasts.json");
+    if (response.ok)
+      new Polygon(await response.json(), { className: "land", interactive: false, attribution: "Natural Earth" }).addTo(this.#map).bringToBack();
   }
 
   clear() {
@@ -150,6 +157,7 @@ export class SearchMap {
     if (!level) return;
     const rectangle = (tile, options) => new Rectangle(box(tile), { interactive: false, ...options }).addTo(this.#layers);
     if (index > 0) for (const tile of this.#levels[index - 1].beam) rectangle(tile, { className: "before", fill: false });
+    for (const tile of level.beam) rectangle(tile, { className: "halo", fill: false });
     const scores = level.beam.map((tile) => tile.score), low = Math.min(...scores), high = Math.max(...scores);
     for (const tile of level.beam) {
       const strength = high > low ? (tile.score - low) / (high - low) : 1;
