@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ FORMATS = ("svg", "png")
 _CLASSES = (*THRESHOLDS_KM, float("inf"))
 _COLOURS = ("#1a9850", "#91cf60", "#d9d040", "#fdae61", "#f46d43", "#b2182b")  # one for each class
 _LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
+_DASHES = ("-", "--", "-.", ":")  # lines that lie on each other are seen both
 _SEA, _LAND, _INK = "#e8eef3", "#f7f4ec", "#8a8f94"
 _MOST_VECTORS = 3000  # photos; more are drawn as a picture inside the SVG, which stays a few hundred KB
 _OUTLINE_STEPS = 900  # cells of a grid over a map's width: finer points of outlines are left out
@@ -95,13 +96,13 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
 def cumulative_plot(report: Report) -> Figure:
     """Return the share of photos placed within each distance, one line for each setting."""
     figure, [axis] = _figure(7.0, 4.4)
-    for colour, figures in zip(_cycled(report), report.results, strict=True):
+    for style, figures in zip(_styles(len(report.results)), report.results, strict=True):
         errors = np.sort(figures.errors[np.isfinite(figures.errors)])
         share = np.arange(1, len(errors) + 1) / len(figures.errors)
         x = np.concatenate([[_NEAREST_KM], np.maximum(errors, _NEAREST_KM), [_FARTHEST_KM]])
         y = np.concatenate([[0.0], share, share[-1:] if len(share) else [0.0]])
         n = figures.accuracy.photos
-        axis.step(x, y, where="post", color=colour, label=f"{label(figures.setting)}, n={n}")
+        axis.step(x, y, where="post", **style, label=f"{label(figures.setting)}, n={n}")
     for km in THRESHOLDS_KM:
         axis.axvline(km, color=_INK, linewidth=0.7, linestyle=":")
     axis.set_xscale("log")
@@ -121,23 +122,12 @@ def calibration_plot(report: Report) -> Figure:
     """Return how many photos lie inside the radius said to hold a share, with 95 % intervals."""
     figure, [axis] = _figure(5.2, 4.8)
     axis.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle="--", label="calibrated")
-    for colour, figures in zip(_cycled(report), report.results, strict=True):
-        stated = np.array(list(figures.calibration))
-        inside = list(figures.calibration.values())
-        values = np.array([share.value for share in inside])
-        bars = [[share.value - share.low for share in inside], [share.high - share.value for share in inside]]
-        n = inside[0].total if inside else 0
-        axis.errorbar(
-            stated,
-            values,
-            yerr=np.array(bars),
-            color=colour,
-            marker="o",
-            markersize=3.5,
-            linewidth=1.2,
-            capsize=2,
-            label=f"{label(figures.setting)}, n={n}",
-        )
+    for style, figures in zip(_styles(len(report.results)), report.results, strict=True):
+        stated, inside = list(figures.calibration), list(figures.calibration.values())
+        name = f"{label(figures.setting)}, n={inside[0].total if inside else 0}"
+        axis.plot(stated, [share.value for share in inside], **style, label=name)
+        lows, highs = [share.low for share in inside], [share.high for share in inside]
+        axis.fill_between(stated, lows, highs, color=style["color"], alpha=0.1, linewidth=0)
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1)
     axis.set_aspect("equal")
@@ -157,17 +147,16 @@ def beam_plot(report: Report) -> Figure:
     kinds = sorted({figures.setting[:2] for figures in shown})
     widths = sorted({figures.setting.k for figures in shown})
     for axis, km in zip(axes, THRESHOLDS_KM, strict=True):
-        for colour, kind in zip(_LINES * len(kinds), kinds, strict=False):
+        for style, kind in zip(_styles(len(kinds)), kinds, strict=True):
             own = sorted(
                 (figures for figures in shown if figures.setting[:2] == kind),
                 key=lambda figures: figures.setting.k,
             )
             shares = [figures.accuracy.within_km[km] for figures in own]
             ks = [figures.setting.k for figures in own]
-            axis.plot(
-                ks, [s.value for s in shares], color=colour, marker="o", markersize=3.5, label=_kind(own[0])
-            )
-            axis.fill_between(ks, [s.low for s in shares], [s.high for s in shares], color=colour, alpha=0.15)
+            axis.plot(ks, [s.value for s in shares], **style, marker="o", ms=3.5, label=_kind(own[0]))
+            lows, highs = [s.low for s in shares], [s.high for s in shares]
+            axis.fill_between(ks, lows, highs, color=style["color"], alpha=0.12, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(widths, [str(k) for k in widths])
         axis.xaxis.set_minor_locator(_no_ticks())
@@ -312,14 +301,18 @@ def _unbroken(arc: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     return [piece for piece in np.split(arc, jumps) if len(piece) > 1]
 
 
-def _cycled(report: Report) -> list[str]:
-    return [_LINES[number % len(_LINES)] for number in range(len(report.results))]
+def _styles(count: int) -> list[dict[str, Any]]:
+    """Return how to draw that many lines."""
+    return [
+        {"color": _LINES[i % len(_LINES)], "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 1.8}
+        for i in range(count)
+    ]
 
 
 def _percents() -> Formatter:
     from matplotlib.ticker import PercentFormatter
 
-    return PercentFormatter(xmax=1, decimals=0)
+    return PercentFormatter(xmax=1)
 
 
 def _no_ticks() -> Locator:

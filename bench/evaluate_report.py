@@ -37,7 +37,7 @@ class SettingFigures:
     there. `calibration` maps stated shares to the share of photos, of those with an answer, that lie inside
     the radius stated for them; the radii are `calibrated` when they were fitted.
 
-    `tiles_per_photo` are tiles read, each counted once for the photos located together, `seconds_per_photo`
+    `tiles_per_photo` are tiles scored, each counted once for the photos located together, `seconds_per_photo`
     is the wall time of embedding photos and searching; both, and `coverage`, the part of the wanted tiles
     that had a picture, are over the photos that could be read. NaN when there are none.
     """
@@ -54,7 +54,7 @@ class SettingFigures:
 
     @property
     def tiles_per_second(self) -> float:
-        """Tiles read, encoded and scored per second of wall time."""
+        """Tiles scored per second of wall time."""
         return self.tiles_per_photo / self.seconds_per_photo
 
     def to_dict(self) -> dict[str, Any]:
