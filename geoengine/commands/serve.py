@@ -55,10 +55,12 @@ def serve(
         float | None, typer.Option(help="Tell no place more precisely than this, whoever asks.")
     ] = None,
     rate: Annotated[float, typer.Option(help="Photos per minute and client; 0 for no limit.")] = 120.0,
-    deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 120.0,
+    deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 300.0,
     max_megabytes: Annotated[float, typer.Option(help="Larger uploads are refused.")] = 32.0,
     max_megapixels: Annotated[float, typer.Option(help="Larger photos are refused before decoding.")] = 50.0,
-    searching: Annotated[int, typer.Option(help="Photos searched at once.")] = 8,
+    searching: Annotated[
+        int | None, typer.Option(help="Photos searched at once. Default: two for each core.")
+    ] = None,
     queue: Annotated[int, typer.Option(help="Photos that may wait besides.")] = 64,
     per_client: Annotated[int, typer.Option(help="Photos of one client under way.")] = 48,
     memory: Annotated[int, typer.Option(help="MB for embeddings of tiles met before.")] = 256,
@@ -90,7 +92,7 @@ def serve(
         allowed_hosts=tuple(allow_host or ()),
         max_bytes=round(max_megabytes * 2**20),
         max_pixels=round(max_megapixels * 1e6),
-        searching=searching,
+        **({} if searching is None else {"searching": searching}),
         waiting=queue,
         per_client=per_client,
         rate_per_minute=rate,

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 _ALIVE_S = 10.0
+_SEND_S = 30.0
 _MOST_QUEUED = 1000
 
 T = TypeVar("T")
@@ -64,10 +65,13 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while not gone.done() and not (task.done() and queue.empty()):
                 body = await _next(queue, task, gone)
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                async with asyncio.timeout(_SEND_S):  # a client that does not read holds a place in the queue
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
             if not gone.done():
                 task.result()
                 await send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            pass  # the connection is closed for a response that is not complete
         finally:
             await _cancelled(task, gone)
             await self._leave()

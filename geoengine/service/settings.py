@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
+from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import GeoEngineError
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -39,11 +40,11 @@ class Settings:
     max_pixels: int = 50_000_000
     max_k: int = 64
     max_tiles: int = 20_000
-    searching: int = 8
+    searching: int = field(default_factory=lambda: max(4, 2 * available_cores()))
     waiting: int = 64
     per_client: int = 48
     rate_per_minute: float = 120.0
-    deadline_s: float = 120.0
+    deadline_s: float = 300.0
     body_s: float = 30.0
     stall_s: float = 30.0
     restart_s: float = 120.0

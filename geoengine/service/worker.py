@@ -32,6 +32,7 @@ class Protocol(H11Protocol):
     """HTTP/1.1 that closes connections whose client does not get to the point."""
 
     _timer: asyncio.TimerHandle | None = None
+    _answered: object = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -45,11 +46,16 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _check(self) -> None:
-        """Close the connection unless a response is being made, which has limits of its own."""
-        if self.cycle is None or self.cycle.response_complete:
+        """Close the connection if no request has begun since the last time.
+
+        While a response is being made, other limits hold.
+        """
+        if self.cycle is self._answered:
             self.transport.close()
-        else:
-            self._timer = self.loop.call_later(_SILENT_S, self._check)
+            return
+        if self.cycle.response_complete:
+            self._answered = self.cycle
+        self._timer = self.loop.call_later(_SILENT_S, self._check)
 
 
 class _Server(uvicorn.Server):
