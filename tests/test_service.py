@@ -472,6 +472,20 @@ def test_no_place_is_told_more_precisely_than_allowed(photo, monkeypatch):
         is_problem(service.client.get("/v1/tiles/8/0/0"), 404)
 
 
+@pytest.mark.parametrize("then", [b"zz\r\n", b"5\r\nhello\r\nzz\r\n"])
+def test_a_body_that_is_no_http_is_refused_quietly(service, caplog, then):
+    parts = urlsplit(service.url)
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        connection.sendall(
+            b"POST /v1/locate HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n" + then
+        )
+        connection.settimeout(5)
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    service.until(lambda: service.locator.admission.held == 0)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_silent_connections_are_closed(service, monkeypatch):
     monkeypatch.setattr("geoengine.service.worker._SILENT_S", 0.1)
     parts = urlsplit(service.url)
