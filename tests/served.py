@@ -6,12 +6,14 @@ import socket
 import threading
 import time
 
+import cv2
 import httpx
 import uvicorn
 
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.index.known_rows import KnownRows
 from geoengine.engine.index.memory_rows import MemoryRows
+from geoengine.engine.sources import planet
 from geoengine.service import locator as locator_module
 from geoengine.service.app import create_app
 from geoengine.service.settings import Settings
@@ -116,3 +118,19 @@ def events(response):
         if lines:
             found.append((lines["event"], json.loads(lines["data"])))
     return found
+
+
+def is_problem(response, status):
+    assert response.status_code == status, response.text
+    assert response.headers["Content-Type"] == "application/problem+json"
+    body = response.json()
+    assert (body["status"], body["request"]) == (status, response.headers["X-Request-ID"])
+    assert "\n" not in body["detail"] and len(body["detail"]) < 300
+    if status in (429, 503):
+        assert 1 <= int(response.headers["Retry-After"]) <= 120
+    return body["detail"]
+
+
+def photo_of_the_planet():
+    """A photo's file."""
+    return cv2.imencode(".jpg", planet.photo(41.9, 12.5, 3)[:, :, ::-1])[1].tobytes()

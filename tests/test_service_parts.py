@@ -16,7 +16,7 @@ from geoengine.engine.tiles import LngLat, Tile, center, great_circle_km, half_d
 from geoengine.service.coarse import coarse_location, coarse_tile, deepest_zoom
 from geoengine.service.keys import Keys, new_key
 from geoengine.service.limits import Admission, Rate
-from geoengine.service.parameters import Parameters, check_work
+from geoengine.service.parameters import Offer, Parameters, check_work
 from geoengine.service.problems import Problem
 from geoengine.service.settings import Settings
 
@@ -239,6 +239,10 @@ def test_regions_of_clients_name_no_files(tmp_path, monkeypatch):
 def test_methods_that_are_not_offered_are_refused():
     chosen = Parameters(method=Method.geoclip)
     with pytest.raises(GeoEngineError, match="geoclip is not offered here: there are tiles"):
-        chosen.config(LEVELS, (Method.tiles,), 64)
-    assert chosen.config(LEVELS, tuple(Method), 64).method is Method.geoclip
+        chosen.config(Offer(levels=LEVELS))
+    assert chosen.config(Offer(levels=LEVELS, methods=tuple(Method))).method is Method.geoclip
+    for prior in ("population", "/etc/passwd"):
+        with pytest.raises(GeoEngineError, match="this prior is not offered here: there is none"):
+            Parameters(prior=prior).config(Offer(levels=LEVELS))
+    assert Parameters(prior="a").config(Offer(levels=LEVELS, priors=("a",))).prior == "a"
     assert Tile(0, 0, 0) == coarse_tile(Tile(16, 5, 5), 1e6)

@@ -171,11 +171,12 @@ class Api:
                 "demo": source.world != "earth",
                 "model": model_name(manifest),
                 "note": HYPOTHESIS,
-                "levels": list(locator.levels),
+                "levels": list(locator.offer.levels),
                 "defaults": Parameters().model_dump(mode="json", exclude={"levels", "within"}),
                 "choices": {
                     "score": [str(score) for score in Score],
-                    "method": [str(method) for method in locator.methods],
+                    "method": [str(method) for method in locator.offer.methods],
+                    "prior": list(locator.offer.priors),
                 },
                 "limits": {
                     "max_bytes": settings.max_bytes,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,7 @@ from geoengine.engine.index.tile_index import MANIFEST as INDEX_MANIFEST
 from geoengine.engine.manifest import MANIFEST, PHOTO, encoder_name, model_name
 from geoengine.engine.photos import Photo, PhotoLimits, read_photo
 from geoengine.engine.results import Level, Location
+from geoengine.engine.scoring.density import PRIORS, PriorError, open_prior
 from geoengine.engine.scoring.kinds import Method
 from geoengine.engine.search import SearchConfig, levels_of
 from geoengine.engine.shared_search import SharedSearch
@@ -28,7 +30,7 @@ from geoengine.engine.tiles import Tile
 from geoengine.service.coarse import coarse_level, coarse_location, deepest_zoom
 from geoengine.service.limits import Admission
 from geoengine.service.metrics import Metrics
-from geoengine.service.parameters import Parameters, check_work
+from geoengine.service.parameters import Offer, Parameters, check_work
 from geoengine.service.problems import Problem, later
 from geoengine.service.settings import Settings
 
@@ -54,8 +56,12 @@ class Locator:
             threads=settings.threads,
             index=settings.index,
         )
-        self.levels = self._offered_levels()
-        self.methods = tuple(Method) if self.engine.bundle.has_geoclip else (Method.tiles,)
+        self.offer = Offer(
+            levels=self._offered_levels(),
+            methods=tuple(Method) if self.engine.bundle.has_geoclip else (Method.tiles,),
+            priors=tuple(_priors(self.engine.bundle.world)),
+            max_k=settings.max_k,
+        )
         self.rows = self._keep_rows()
         self._warm_up()
         self.shared = SharedEncoders(
@@ -96,7 +102,7 @@ class Locator:
     def _warm_up(self) -> None:
         """Load every encoder, so that the first request does not wait for it, or fail."""
         sides = {PHOTO: self.engine.bundle.image_size}
-        sides |= {encoder_name(zoom): self.engine.source.tile_size for zoom in self.levels}
+        sides |= {encoder_name(zoom): self.engine.source.tile_size for zoom in self.offer.levels}
         self.engine.backend.encode_mixed(
             [(encoder, np.zeros((1, side, side, 3), np.uint8)) for encoder, side in sides.items()]
         )
@@ -133,7 +139,7 @@ class Locator:
         """Read a photo and keep what the encoder sees; raises GeoEngineError for what cannot be done."""
 
         def work() -> tuple[Photo, SearchConfig]:
-            config = parameters.config(self.levels, self.methods, self.settings.max_k)
+            config = parameters.config(self.offer)
             self.engine.check_region(config.within)
             check_work(config, self.engine.source, self.settings.max_tiles)
             start = time.perf_counter()
@@ -264,7 +270,7 @@ class Locator:
                 "weights": bundle.manifest.weights,
                 "model": model_name(bundle.manifest),
                 "world": bundle.world,
-                "levels": list(self.levels),
+                "levels": list(self.offer.levels),
             },
             "index": None
             if index is None
@@ -278,6 +284,14 @@ class Locator:
             "encoder_busy_s": round(state.busy_s, 3),
             "encoder_failures": state.failures,
         }
+
+
+def _priors(world: str) -> Iterator[str]:
+    """Yield the names of the priors of a world."""
+    for name in PRIORS:
+        with contextlib.suppress(PriorError):
+            open_prior(name, world)
+            yield name
 
 
 def _device(engine: GeoEngine) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +20,16 @@ from geoengine.service.problems import Problem
 
 _DEEPEST_FIRST = 10
 """The deepest first level of a search within a region: its tiles are counted, which takes memory for each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """What a service lets its clients choose from."""
+
+    levels: tuple[int, ...]
+    methods: tuple[Method, ...] = (Method.tiles,)
+    priors: tuple[str, ...] = ()
+    max_k: int = 64
 
 
 class Parameters(BaseModel):
@@ -60,14 +71,24 @@ class Parameters(BaseModel):
             max_length=40,
         ),
     ] = "best-tile"
+    prior: Annotated[
+        str | None,
+        Field(description="How likely photos are to be taken anywhere, by name.", max_length=40),
+    ] = None
 
-    def config(self, levels: tuple[int, ...], methods: tuple[Method, ...], max_k: int) -> SearchConfig:
-        """Return the search; `levels` and `methods` are those that are offered. Raises GeoEngineError."""
+    def config(self, offer: Offer) -> SearchConfig:
+        """Return the search; raises GeoEngineError for what is not offered."""
         for name, value in (("k", self.k), ("top", self.top), ("quota", self.quota)):
-            if value is not None and value > max_k:
-                raise GeoEngineError(f"{name} must be at most {max_k} here")
-        if self.method not in methods:
-            raise GeoEngineError(f"method {self.method} is not offered here: there are {', '.join(methods)}")
+            if value is not None and value > offer.max_k:
+                raise GeoEngineError(f"{name} must be at most {offer.max_k} here")
+        if self.method not in offer.methods:
+            raise GeoEngineError(
+                f"method {self.method} is not offered here: there are {', '.join(offer.methods)}"
+            )
+        if self.prior is not None and self.prior not in offer.priors:
+            there = f"there are {', '.join(offer.priors)}" if offer.priors else "there is none"
+            raise GeoEngineError(f"this prior is not offered here: {there}")
+        levels = offer.levels
         chosen = levels if self.levels is None else parse_levels(self.levels)
         unknown = [zoom for zoom in chosen if zoom not in levels]
         if unknown:
@@ -84,6 +105,7 @@ class Parameters(BaseModel):
             quota=self.quota,
             centred=self.centred,
             objective=Objective.parse(self.objective),
+            prior=self.prior,
         )
 
 
