@@ -57,7 +57,9 @@ def open_truth_set(
     """
     if spec == "planet":
         if photos is not None or table is not None:
-            raise TruthError("the planet's photos are drawn: leave out --photos and --places")
+            raise TruthError(
+                "the planet's photos are drawn, --count of them: leave out --photos and --places"
+            )
         return PlanetPhotos(PLANET_COUNT if count is None else count, seed)
     limits = PhotoLimits() if limits is None else limits
     whole: TruthSet
@@ -170,7 +172,7 @@ class NamedPhotos:
         remarks = []
         if rows != known.places:
             remarks.append(
-                f"{self.table.name} has {rows} places, and {known.title} has {known.places}: "
+                f"there are {rows} places in {self.table.name}, and {known.title} has {known.places}: "
                 "figures of another number of photos do not compare with published ones"
             )
         if self._matched < rows:

@@ -118,6 +118,24 @@ def test_unreadable_photos_are_counted_and_listed(world, tmp_path):
     assert run(*order(world, "--k", 1, table="only-bad.csv")).exit_code == 2
 
 
+def test_a_named_set_prints_n_against_what_it_should_have(world, tmp_path):
+    rows = ["IMG_ID,AUTHOR,LAT,LON"]
+    for number in range(4):
+        name = f"10412322{number}_7410c654ba_19_19355699@N00.jpg"
+        rows.append(f"{name},me,{10 * number},{20 * number}")
+        if number:
+            (tmp_path / f"Rome_0000{number}_{name}").write_bytes(jpeg(40 * number))
+    write_table(tmp_path / "im2gps_places365.csv", "\n".join(rows) + "\n")
+    places = ["--bundle", world / "engines", "--tiles", world / "tiles"]
+    result = run("evaluate", "im2gps", "--photos", tmp_path, *places, "--k", 1)
+    assert result.exit_code == 1
+    assert "IM2GPS: n = 4 of 237 photos" in result.stdout
+    assert "1 photos could not be read and count as misses." in result.stdout
+    assert "There are 4 places in im2gps_places365.csv, and IM2GPS has 237" in result.stdout
+    assert "another data set" not in result.stdout
+    assert "10412322" in result.stderr and "there is no such photo in the folder" in result.stderr
+
+
 def test_a_killed_run_goes_on_and_ends_with_the_same_tables(world, tmp_path):
     many = ["path,lat,lon", *(f"{n % PHOTOS}.jpg,{n % 80},{n % 170}" for n in range(80))]
     lines = [f"p{n}," + line for n, line in enumerate(many[1:])]
@@ -185,6 +203,7 @@ def test_distances_on_the_ellipsoid_and_a_part_of_the_photos(world):
         (["planet", "--k", "1,1"], "each setting once, got tiles paper 1 twice"),
         (["planet", "--k", "1,x"], "beam widths are numbers such as --k 16,32,64, got 1,x"),
         (["planet", "--seed", -1], "seed must be 0 or more, got -1"),
+        (["planet", "--seed", 1000], "seeds from 1000 on are for calibrate, got 1000"),
         (["planet", "--together", 0], "--together must be at least 1, got 0"),
         (["planet", "--geodesic"], "the planet is a sphere"),
         (["planet", "--again"], "give it with --out"),

@@ -60,7 +60,7 @@ def test_photos_of_a_named_set_are_found_whatever_is_before_their_names(im2gps):
 def test_a_named_set_of_another_size_is_told(im2gps, tmp_path):
     table = write_table(tmp_path / "short.csv", "".join(TABLE.splitlines(keepends=True)[:-1]))
     remarks = open_truth_set("im2gps", photos=im2gps, table=table).remarks()
-    assert "short.csv has 2 places, and IM2GPS has 3: figures of another number" in remarks[0]
+    assert "there are 2 places in short.csv, and IM2GPS has 3: figures of another number" in remarks[0]
 
 
 @pytest.mark.parametrize("where", ["beside", "inside", "only"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from geoengine.commands.calibrate import FIRST_SEED
 from geoengine.commands.options import (
     BackendOption,
     BundleOption,
@@ -155,7 +156,7 @@ def evaluate(
     configs = _configs(config, method, score or [], _widths(k, more_k))
     limits = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif=False).limits
     job = Job(data_set=data_set, out=out, again=again, together=together, geodesic=geodesic, parquet=parquet)
-    job.check(plots)
+    job.check(plots, seed)
     truth = open_truth_set(data_set, photos=photos, table=places, count=count, seed=seed, limits=limits)
     if training is not None:
         with waiting("looking for the photos among those of the training"):
@@ -183,13 +184,18 @@ class Job:
     geodesic: bool
     parquet: bool
 
-    def check(self, plots: Sequence[Plots]) -> None:
+    def check(self, plots: Sequence[Plots], seed: int) -> None:
         """Raise GeoEngineError for options that cannot be, or that need packages that are not there."""
         from geoengine.bench.accuracy import check_geodesic
         from geoengine.engine.extras import require_extra
 
         if self.out is None and (self.again or self.parquet):
             raise GeoEngineError("--again and --parquet are about the folder of results: give it with --out")
+        if self.data_set == "planet" and seed >= FIRST_SEED:
+            raise GeoEngineError(
+                f"the planet's photos of seeds from {FIRST_SEED} on are for calibrate, got {seed}: evaluate "
+                "with a smaller one"
+            )
         if self.together < 1:
             raise GeoEngineError(f"--together must be at least 1, got {self.together}")
         if self.parquet:
