@@ -90,7 +90,8 @@ def test_containerfiles_are_read_as_they_are_written():
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-def test_the_unit_verifies_and_exposes_little(tmp_path):
+@pytest.mark.parametrize("for_gpus", [False, True])
+def test_the_unit_verifies_and_exposes_little(tmp_path, for_gpus):
     unit = (DEPLOY / "geoengine.service").read_text()
     assert "DynamicUser=yes" in unit
     assert "LimitCORE=0" in unit
@@ -98,6 +99,9 @@ def test_the_unit_verifies_and_exposes_little(tmp_path):
         "/opt/geoengine/bin/python", "/bin/true"
     )
     (tmp_path / "geoengine.service").write_text(there)
+    if for_gpus:
+        (tmp_path / "geoengine.service.d").mkdir()
+        shutil.copy(DEPLOY / "geoengine-gpu.conf", tmp_path / "geoengine.service.d" / "gpu.conf")
     verified = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", tmp_path / "geoengine.service"],
         capture_output=True,

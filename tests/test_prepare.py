@@ -25,6 +25,7 @@ from geoengine.cli import app
 from geoengine.engine.photo_sets import PhotoSetError, open_photo_set
 from geoengine.engine.photo_sets.names import names_of
 from geoengine.engine.render.files import OutputError
+from geoengine.engine.tiles import LngLat
 from geoengine.training.mp16.hosts import Politeness, forbidding
 from geoengine.training.mp16.job import PrepareConfig, PrepareJob
 from geoengine.training.mp16.names import Split, key_of, split_of
@@ -498,3 +499,15 @@ def test_what_the_command_refuses(server, tmp_path):
     assert "there is no such file" in run(tmp_path / "gone.csv", "--out", tmp_path / "o").stderr
     (tmp_path / "file").write_text("")
     assert "the folder cannot be made" in run(table, "--out", tmp_path / "file").stderr
+
+
+def test_the_tiles_of_photos_and_of_their_siblings():
+    from geoengine.engine.tiles import Tile, children, parent, tile_at
+    from geoengine.training.mp16.tiles import tiles_of
+
+    places = [(2.35, 48.85), (2.35001, 48.85001), (-179.9, -60.0)]
+    for z in (4, 10, 16):
+        own = {tile_at(LngLat(*place), z) for place in places}
+        assert {Tile(z, x, y) for x, y in tiles_of(places, z, siblings=False).tolist()} == own
+        wider = {child for tile in own for child in children(parent(tile))}
+        assert {Tile(z, x, y) for x, y in tiles_of(places, z, siblings=True).tolist()} == wider
