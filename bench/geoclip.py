@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +33,15 @@ from geoengine.engine.tiles import all_xy, descendants_xy, great_circle_km_array
 
 _CANDIDATES = 256  # tiles of a level at k = 16
 _SAMPLE = 2000  # points whose nearest other is looked for
+_ALONE = """
+import sys
+import numpy as np
+from geoengine import GeoEngine
+
+folder, backend, precision = sys.argv[1:]
+with GeoEngine.open(folder, backend=backend, precision=precision) as engine:
+    engine.locate([np.zeros((300, 400, 3), np.uint8)], method="geoclip")
+"""
 
 
 def measure(bundle: EngineBundle, rounds: int) -> dict[str, Any]:
@@ -49,7 +60,7 @@ def measure(bundle: EngineBundle, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "load": os.getloadavg()[0],
         "gallery_points": len(geoclip.gallery.points),
-        "photo_s": _photo_seconds(own, rounds),
+        "photo": _photo_figures(own, rounds),
         "parts_s": parts,
         "gallery_speedup": parts["encode the gallery again"] / parts["compare with the gallery"],
         "nearest_point": _spacing(geoclip.gallery),
@@ -73,9 +84,12 @@ def report(figures: dict[str, Any]) -> str:
         f"{figures['model']}. Medians of {figures['rounds']} interleaved rounds; "
         f"the load average was {figures['load']:.0f}, and above the number of cores only ratios mean much.",
         "",
-        "| one photo, on | time |",
-        "| --- | ---: |",
-        *(f"| {name} | {_time(seconds)} |" for name, seconds in figures["photo_s"].items()),
+        "| one photo, on | time | memory of a process that answers for it |",
+        "| --- | ---: | ---: |",
+        *(
+            f"| {name} | {_time(own['seconds'])} | {own['peak_bytes'] / 1e6:,.0f} MB |"
+            for name, own in figures["photo"].items()
+        ),
         "",
         "| then, on the CPU | time |",
         "| --- | ---: |",
@@ -137,12 +151,12 @@ def _parts(geoclip: GeoClip, query: NDArray[np.float32], rounds: int) -> dict[st
     return times
 
 
-def _photo_seconds(bundle: EngineBundle, rounds: int) -> dict[str, float]:
-    """Time one photo, alone, on every backend and variant that runs here."""
+def _photo_figures(bundle: EngineBundle, rounds: int) -> dict[str, dict[str, float]]:
+    """Time one photo, alone, on every backend and variant that runs here, and weigh a process that does it."""
     picture = np.random.default_rng(0).integers(
         0, 256, (1, bundle.image_size, bundle.image_size, 3), np.uint8
     )
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name in BACKENDS:
         for variant in bundle.variants:
             try:
@@ -152,10 +166,21 @@ def _photo_seconds(bundle: EngineBundle, rounds: int) -> dict[str, float]:
             try:
                 backend.encode(PHOTO, picture)  # loads the graphs
                 times = [_seconds(partial(backend.encode, PHOTO, picture)) for _ in range(rounds)]
-                found[f"{name} {variant}"] = statistics.median(times)
+                seconds, peak = statistics.median(times), _peak_bytes(bundle, name, variant)
+                found[f"{name} {variant}"] = {"seconds": seconds, "peak_bytes": peak}
             finally:
                 backend.close()
     return found
+
+
+def _peak_bytes(bundle: EngineBundle, backend: str, variant: str) -> int:
+    """Return the most memory that a process of its own takes to answer for one photo by GeoCLIP alone."""
+    process = subprocess.Popen([sys.executable, "-c", _ALONE, str(bundle.path), backend, variant])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    if status:
+        raise BackendError(f"locating one photo on {backend} in {variant} failed: see above")
+    return usage.ru_maxrss * 1024
 
 
 def _unit(width: int) -> NDArray[np.float32]:
