@@ -152,7 +152,7 @@ def _parts(geoclip: GeoClip, query: NDArray[np.float32], rounds: int) -> dict[st
 
 
 def _photo_figures(bundle: EngineBundle, rounds: int) -> dict[str, dict[str, float]]:
-    """Time one photo, alone, on every backend and variant that runs here, and weigh a process that does it."""
+    """Time one photo, alone, on every backend and variant that runs here; weigh a process that does it."""
     picture = np.random.default_rng(0).integers(
         0, 256, (1, bundle.image_size, bundle.image_size, 3), np.uint8
     )
