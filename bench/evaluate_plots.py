@@ -199,7 +199,7 @@ def error_map(report: Report, figures: SettingFigures) -> Figure:
         axis.scatter(
             [row.true.lng for row in chosen],
             [row.true.lat for row in chosen],
-            s=11,
+            s=float(np.clip(8000 / len(rows), 3, 14)),  # smaller where there are many
             color=_COLOURS[number],
             edgecolors="white",
             linewidths=0.35,
