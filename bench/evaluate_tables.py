@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
@@ -13,22 +14,26 @@ from geoengine.bench.published import Published, of_table, published
 from geoengine.bench.readme import percent, table
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 _DISTANCES = [f"{km:,g} km" for km in THRESHOLDS_KM]
 _SET_TITLES = {"im2gps": "IM2GPS", "im2gps3k": "IM2GPS3k", "yfcc4k": "YFCC4k"}
 _SHOWN_SHARES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
-_NARROW = 150  # columns of a terminal below which an interval goes under its share
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """A table: its title, its column headings, its rows of cells, and notes below it."""
+    """A table: its title, its column headings, its rows of cells, and notes below it.
+
+    The first `keys` columns say what a row is of.
+    """
 
     title: str
     header: list[str]
     rows: list[list[str]]
     notes: tuple[str, ...] = ()
+    keys: int = 2
 
 
 def sheets(report: Report) -> list[Sheet]:
@@ -43,23 +48,60 @@ def sheets(report: Report) -> list[Sheet]:
 
 def terminal_text(report: Report, terminal: TextIO) -> str:
     """Return the tables as text for a terminal, or for a file in the same form without line breaks."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from geoengine.engine.render.table import printable, text_of
 
-    narrow = terminal.isatty() and _columns() < _NARROW
-    parts: list[Table | Text] = [Text(printable(line)) for line in heading(report)]
+    width = shutil.get_terminal_size().columns if terminal.isatty() else None
+    parts: list[RenderableType] = [Text(printable(line)) for line in heading(report)]
     for sheet in sheets(report):
-        made = Table(title=Text(sheet.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for number, name in enumerate(sheet.header):
-            made.add_column(Text(name), justify="left" if number == 0 else "right", no_wrap=number > 0)
-        for row in sheet.rows:
-            cells = [cell.replace(" (", "\n(") if narrow else cell for cell in row]
-            made.add_row(*(Text("\n".join(map(printable, cell.split("\n")))) for cell in cells))
-        parts += [made, *(Text(printable(note), style="dim") for note in sheet.notes), Text("")]
+        parts.append(Text(f"\n{sheet.title}", style="bold"))
+        parts += [_rich(part) for part in fitted(sheet, width)]
+        parts += [Text(printable(note), style="dim") for note in sheet.notes]
     return text_of(parts, terminal)
+
+
+def fitted(sheet: Sheet, width: int | None) -> list[Sheet]:
+    """Return a table in parts that fit into `width` columns of text, None for any; cells may have line feeds.
+
+    A table that does not fit has the columns that name a row in one, intervals below their shares, and the
+    columns that are left over in further tables.
+    """
+    if width is None or _width(zip(sheet.header, *sheet.rows, strict=True)) <= width:
+        return [sheet]
+    lines = (sheet.header, *sheet.rows)
+    heads = ["\n".join(part for part in line[: sheet.keys] if part) for line in lines]
+    columns = [[cell.replace(" (", "\n(") for cell in column] for column in zip(*lines, strict=True)]
+    parts: list[list[list[str]]] = []
+    for column in columns[sheet.keys :]:
+        if not parts or _width([heads, *parts[-1], column]) > width:
+            parts.append([])
+        parts[-1].append(column)
+    made = ([list(line) for line in zip(heads, *part, strict=True)] for part in parts)
+    return [Sheet(sheet.title, header, rows, keys=1) for header, *rows in made]
+
+
+def _width(columns: Iterable[Sequence[str]]) -> int:
+    """Return how wide a table of these columns of cells is on a terminal."""
+    return sum(3 + max(len(line) for cell in column for line in cell.split("\n")) for column in columns)
+
+
+def _rich(sheet: Sheet) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from geoengine.engine.render.table import printable
+
+    def text(cell: str) -> Text:
+        return Text("\n".join(map(printable, cell.split("\n"))))
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(sheet.header):
+        made.add_column(text(name), justify="left" if number == 0 else "right", no_wrap=True)
+    for row in sheet.rows:
+        made.add_row(*map(text, row))
+    return made
 
 
 def markdown(report: Report) -> str:
@@ -168,7 +210,9 @@ def _table_1(report: Report) -> Sheet:
     rows = [[*_published(row), _seconds(row.seconds_per_photo)] for row in theirs]
     ours = [figures for figures in report.results if figures.setting.method == "tiles"]
     rows += [[*_measured(report, figures), _seconds(figures.seconds_per_photo)] for figures in ours]
-    return Sheet("Table 1 of the paper: beam width, accuracy and time", header, rows, _notes(theirs, report))
+    return Sheet(
+        "Table 1 of the paper: beam width, accuracy and time", header, rows, _notes(theirs, report), keys=4
+    )
 
 
 def _table_2(report: Report) -> Sheet:
@@ -176,7 +220,7 @@ def _table_2(report: Report) -> Sheet:
     theirs = of_table(2, report.data_set)
     rows = [_published(row) for row in theirs]
     rows += [_measured(report, figures) for figures in report.results]
-    return Sheet("Table 2 of the paper: other methods", header, rows, _notes(theirs, report))
+    return Sheet("Table 2 of the paper: other methods", header, rows, _notes(theirs, report), keys=4)
 
 
 def _table_3(report: Report) -> Sheet:
@@ -187,7 +231,7 @@ def _table_3(report: Report) -> Sheet:
     notes = _notes(theirs, report)
     if not ours:
         notes = (*notes, "Ours was not run: give --method geoclip, --method joined and --method fused.")
-    return Sheet("Table 3 of the paper: with GeoCLIP", header, rows, notes)
+    return Sheet("Table 3 of the paper: with GeoCLIP", header, rows, notes, keys=4)
 
 
 def _published(row: Published) -> list[str]:
@@ -249,9 +293,3 @@ def _seconds(seconds: float | None) -> str:
 
 def _number(value: float, form: str) -> str:
     return "–" if value != value else format(value, form)
-
-
-def _columns() -> int:
-    import shutil
-
-    return shutil.get_terminal_size().columns

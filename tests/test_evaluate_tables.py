@@ -204,11 +204,15 @@ def test_a_narrow_terminal_has_intervals_below(monkeypatch):
         def isatty(self):
             return True
 
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")
     text = terminal_text(made_report(), Terminal())
-    assert "70.0 % (" not in text and "(39.7–89.2)" in text
-    assert max(map(len, text.splitlines())) <= 120
+    first = text[: text.index("Errors and cost")]
+    assert "70.0 % (" not in first and "(39.7–89.2)" in first
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for cell in {cell for sheet in sheets(made_report()) for row in sheet.rows for cell in row}:
+        assert all(part in text for part in cell.split(" (")), cell
 
 
 # --- plots ------------------------------------------------------------------------------------------------
