@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from geoengine.engine.errors import TileError
 from geoengine.engine.regions import RegionError, parse_region
 from geoengine.engine.regions.box import Box, Overlap
 from geoengine.engine.regions.countries import Land, country
@@ -201,8 +202,11 @@ def test_land_is_land_with_a_margin_and_without_antarctica():
     inside = rows(france.tiles(8))
     margin = {(x + i, y + j) for x, y in inside for i in (-1, 0, 1) for j in (-1, 0, 1)}
     assert margin <= rows(land.tiles(8))
-    with pytest.raises(RegionError, match="zooms 0 to 10, got 11"):
-        land.tiles(11)
+    fine = land.tiles(11)
+    assert len(fine) == 4 * len(land.tiles(10)) and land.intersects(11, fine).all()
+    assert (np.lexsort((fine[:, 1], fine[:, 0])) == np.arange(len(fine))).all()
+    with pytest.raises(TileError, match="too many for one array"):
+        land.tiles(16)
 
 
 # --- what is refused --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from geoengine.engine.regions import RegionError
 from geoengine.engine.regions.edges import Edges, IntArray, pack, ring_edges
 from geoengine.engine.regions.polygons import Polygons
-from geoengine.engine.tiles import FloatArray, XyArray, tile_count
+from geoengine.engine.tiles import FloatArray, XyArray, descendants_xy, tile_count
 
 _FILE = Path(__file__).parent.parent / "data" / "countries.npz"
 _ANTARCTICA = "AQ"
@@ -59,8 +59,15 @@ class Land:
     of_earth = True
 
     def tiles(self, z: int) -> XyArray:
-        """Return the land tiles of zoom z and their neighbours, int64[n, 2], sorted; zooms 0 to 10."""
-        packed = _land(z)
+        """Return the land tiles of zoom z and their neighbours, int64[n, 2], sorted.
+
+        Below zoom 10, these are the tiles in the land tiles of that zoom. Raises TileError when there are more
+        than one array may hold, at zoom 15 and below.
+        """
+        packed = _land(min(z, _LAND_ZOOM))
+        if z > _LAND_ZOOM:
+            coarse = np.stack([packed >> 32, packed & 0xFFFFFFFF], axis=1)
+            packed = np.sort(pack(descendants_xy(coarse, _LAND_ZOOM, z)))
         return np.stack([packed >> 32, packed & 0xFFFFFFFF], axis=1)
 
     def intersects(self, z: int, xy: XyArray) -> npt.NDArray[np.bool_]:
@@ -72,8 +79,6 @@ class Land:
 @lru_cache
 def _land(z: int) -> IntArray:
     """Return the packed tiles of land and of its margin, sorted."""
-    if z > _LAND_ZOOM:
-        raise RegionError(f"land tiles are known for zooms 0 to {_LAND_ZOOM}, got {z}")
     n = tile_count(z)
     land = _bare_land().reshape(n, tile_count(_LAND_ZOOM) // n, n, -1).any(axis=(1, 3))  # (columns, rows)
     land = land | np.roll(land, 1, axis=0) | np.roll(land, -1, axis=0)
