@@ -367,6 +367,21 @@ def test_a_tar_that_ends_early_gives_what_was_before(command, photos, tmp_path):
     assert len(list((tmp_path / "results.jsonl.job").glob("part-*"))) == 2
 
 
+def test_a_table_whose_files_come_later(command, photos, tmp_path):
+    table, out = photos / "list.csv", tmp_path / "results.csv"
+    table.write_text("id,path\n" + "".join(f"p{n},{n}.png\n" for n in (0, 77, 1)))
+    assert run("locate", table, *command[2:], "--out", out).exit_code == 1
+    [failure] = lines(tmp_path / "results.failures.jsonl")
+    assert (failure["photo"], failure["position"]) == ("p77", 1) and "77.png" in failure["reason"]
+    (photos / "77.png").write_bytes((photos / "0.png").read_bytes())
+    assert run("locate", table, *command[2:], "--out", out, "--retry-failed").exit_code == 0
+    rows = list(csv.DictReader(io.StringIO(out.read_text())))
+    assert sorted(row["photo"] for row in rows) == ["p0", "p1", "p77"]
+    table.write_text("name,place\nx,y\n")
+    refused(run("locate", table, *command[2:], "--out", tmp_path / "other.csv"), "it has no column for")
+    assert not list(tmp_path.glob("other*"))
+
+
 # --- what is refused ---
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +40,7 @@ from geoengine.engine.manifest import encoder_name
 from geoengine.engine.pictures import hand_on
 from geoengine.engine.regions import Region
 from geoengine.engine.regions.box import Overlap, searched_area
+from geoengine.engine.render.files import locked
 from geoengine.engine.sources import TileSource, fingerprint
 from geoengine.engine.tiles import all_xy
 
@@ -142,24 +142,14 @@ def merge_indexes(folder: Path, parts: Sequence[Path]) -> TileIndex:
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[None]:
     """Make the folder and hold its lock; raises TileIndexError when another process does, or it cannot be."""
-    import fcntl
-
     try:
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise TileIndexError(f"{folder}: cannot be written ({error.strerror or error})") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TileIndexError(
-                f"{folder}: another process builds this index; wait for it, or give another folder"
-            ) from None
+    busy = f"{folder}: another process builds this index; wait for it, or give another folder"
+    with locked(folder / "lock", busy, TileIndexError):
         _sweep(folder)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(folder: Path) -> None:

@@ -61,8 +61,8 @@ class Land:
     def tiles(self, z: int) -> XyArray:
         """Return the land tiles of zoom z and their neighbours, int64[n, 2], sorted.
 
-        Below zoom 10, these are the tiles in the land tiles of that zoom. Raises TileError when there are more
-        than one array may hold, at zoom 15 and below.
+        Below zoom 10, these are the tiles in the land tiles of that zoom. Raises TileError when there are
+        more than one array may hold, at zoom 15 and below.
         """
         packed = _land(min(z, _LAND_ZOOM))
         if z > _LAND_ZOOM:

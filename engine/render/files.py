@@ -55,24 +55,24 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def locked(file: Path, busy: str) -> Iterator[None]:
+def locked(file: Path, busy: str, error: type[GeoEngineError] = OutputError) -> Iterator[None]:
     """Hold the lock of a file, which is made, for the block; it ends with the process at the latest.
 
-    Raises OutputError with the text `busy` when another process holds it, or when it cannot be had.
+    Raises `error` with the text `busy` when another process holds it, or when it cannot be had.
     """
     import fcntl
 
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise OutputError(f"{file.parent}: cannot be written ({error.strerror or error})") from None
+    except OSError as refused:
+        raise error(f"{file.parent}: cannot be written ({refused.strerror or refused})") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(busy) from None
-        except OSError as error:
-            raise OutputError(f"{file}: cannot be locked ({error.strerror or error})") from None
+            raise error(busy) from None
+        except OSError as refused:
+            raise error(f"{file}: cannot be locked ({refused.strerror or refused})") from None
         yield
     finally:
         os.close(descriptor)
