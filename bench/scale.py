@@ -1,7 +1,7 @@
 """What a million and a thousand million photos cost, and indices of the land: measured, and computed from it.
 
     python -m geoengine.bench.scale photos [--count 64]    on the demo planet: photos, tiles and bytes
-    python -m geoengine.bench.scale ray [--rounds 3]       two workers of a Ray cluster beside one
+    python -m geoengine.bench.scale ray [--rounds 3]       a Ray cluster: two workers, a core each, and one
     python -m geoengine.bench.scale --write                puts the tables into docs/scale.md
 
 Each measurement replaces its part of `bench/results/scale.json`. How many tiles groups of other sizes would
@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,10 @@ from geoengine.bench.truth import PlanetPhotos
 from geoengine.engine.bulk.engines import EngineSpec
 from geoengine.engine.bulk.formats import ResultFiles, ResultFormat
 from geoengine.engine.bulk.items import Items
-from geoengine.engine.bulk.jobs import Job, JobOrder, Target, open_job
+from geoengine.engine.bulk.jobs import JobOrder, Target, open_job
 from geoengine.engine.bulk.parts import PartDone
 from geoengine.engine.bulk.running import run_job
-from geoengine.engine.bulk.spread import spread_job
+from geoengine.engine.bulk.spread import LocateWork, parts_of
 from geoengine.engine.bulk.stream import PhotoSearch
 from geoengine.engine.cluster import Cluster, Workers, open_cluster
 from geoengine.engine.photo_sets import open_photo_set
@@ -106,19 +108,27 @@ def tiles_per_photo(beams: Sequence[dict[int, list[Tile]]], size: int) -> float:
 
 
 def measure_ray(rounds: int, parts: int) -> dict[str, Any]:
-    """Locate photos with one worker and with two, of a thread each, in turn: their rates once at work."""
+    """Locate photos with one worker and with two, of a core each, in turn: their rates once at work."""
     rates: dict[int, list[float]] = {1: [], 2: []}
     with (
         drawn_photos(4 * parts) as items,
-        open_cluster("local", count=2, threads=1) as cluster,
+        open_cluster("local", count=2, threads=1),
         tempfile.TemporaryDirectory() as folder,
     ):
         for number in range(rounds):
             for count in (1, 2) if number % 2 == 0 else (2, 1):
                 out = Path(folder) / f"{number}-{count}.jsonl"
-                own = Cluster(Workers(count=count, cpus=cluster.workers.cpus, gpus=0))
+                own = Cluster(Workers(count=count, cpus=1, gpus=0))
                 with open_job(Target.parse(out, None), _order(items, 4)) as job:
-                    rates[count].append(steady_rate(_spread(own, job, items), count))
+                    work = PinnedWork(
+                        spec=_SPEC,
+                        search=PhotoSearch(config=SearchConfig(k=4), limits=PhotoLimits()),
+                        parts=job.parts,
+                        identity=job.order.identity,
+                    )
+                    done = own.map(work, list(parts_of(job.rest(items))))
+                    rates[count].append(steady_rate(done, count))
+                    job.finish()
     return {
         "machine": machine(),
         "photos": 4 * parts,
@@ -137,9 +147,18 @@ def steady_rate(done: Iterator[PartDone], workers: int) -> float:
     return sum(photos[workers:]) / (times[-1] - times[workers - 1])
 
 
-def _spread(cluster: Cluster, job: Job, items: Items) -> Iterator[PartDone]:
-    search = PhotoSearch(config=SearchConfig(k=4), limits=PhotoLimits())
-    return spread_job(cluster, _SPEC, job, items, search)
+@dataclass(kw_only=True)
+class PinnedWork(LocateWork):
+    """Locates parts on one core, another one in each worker: reading tiles would else take a second one."""
+
+    def begin(self) -> None:
+        """Take a core that no other worker of the job has, and open the engine."""
+        for core in sorted(os.sched_getaffinity(0)):
+            with contextlib.suppress(FileExistsError):
+                (self.parts.folder / f"core-{core}").mkdir()
+                os.sched_setaffinity(0, {core})
+                break
+        LocateWork.begin(self)
 
 
 def _order(items: Items, part_photos: int) -> JobOrder:

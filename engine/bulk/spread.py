@@ -80,7 +80,7 @@ def spread_job(
         identity=job.order.identity,
     )
     error: GeoEngineError | None = None
-    parts = _parts(job.rest(photos))
+    parts = parts_of(job.rest(photos))
     while error is None:
         wave: list[Part] = []
         try:
@@ -96,7 +96,8 @@ def spread_job(
     job.finish()
 
 
-def _parts(numbered: Iterable[tuple[int, Item]]) -> Iterator[Part]:
+def parts_of(numbered: Iterable[tuple[int, Item]]) -> Iterator[Part]:
+    """Yield the parts that photos belong to, with paths that mean the same in another process."""
     for number, part in itertools.groupby(numbered, key=lambda pair: pair[0]):
         yield number, [_anywhere(item) for _, item in part]
 
