@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ INDEXED = (0, 8, 10, 12, 14)
 """The deepest zooms with an index of the land, 0 for none."""
 
 TILE_BYTES = 15_000  # of a JPEG tile of 256 pixels: an assumption that the document names
+CORES, GPUS = 64, 8  # of a machine
+WITHIN_S = {10**6: 12 * 3600.0, 10**9: 30 * 24 * 3600.0}
+"""Overnight, and a month."""
+
 GPU_IMAGES = (1_000, 5_000)  # a second; what-ifs, not measurements
 _HOUR, _YEAR = 3600.0, 365.25 * 24 * 3600
 
@@ -37,6 +42,7 @@ def render(text: str) -> str:
         "planet": planet_table(scale["photos"]),
         "groups": groups_table(scale["photos"]),
         "photos": photos_table(encoders),
+        "machines": machines_table(encoders),
         "index": index_table(encoders, scale["land"]),
         "results": results_table(scale["photos"]),
         "ray": ray_table(scale["ray"]),
@@ -111,6 +117,30 @@ def photos_table(encoders: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
+def machines_table(encoders: Mapping[str, Any]) -> str:
+    """Return how many machines do the photos in time: of 64 cores, and of 8 GPUs at the faster what-if."""
+    rates = (CORES * per_core(encoders)["OpenVINO int8"], GPUS * GPU_IMAGES[-1])
+    rows = [
+        [
+            f"4 to {indexed}" if indexed else "none",
+            *(
+                f"{math.ceil(count * tiles_of_a_photo(indexed) / rate / within):,}"
+                for count, within in WITHIN_S.items()
+                for rate in rates
+            ),
+        ]
+        for indexed in INDEXED
+    ]
+    kinds = (f"{CORES} cores", f"{GPUS} GPUs at {GPU_IMAGES[-1]:,}/s")
+    times = ("in 12 h", "in 30 days")
+    named = [
+        f"{power(count)} {time}: {kind}"
+        for count, time in zip(WITHIN_S, times, strict=True)
+        for kind in kinds
+    ]
+    return table(["index", *named], rows)
+
+
 def index_table(encoders: Mapping[str, Any], land: Mapping[str, int]) -> str:
     """Return what indices of the land cost, each zoom for itself."""
     rate = per_core(encoders)["OpenVINO int8"]
@@ -148,10 +178,13 @@ def ray_table(ray: Mapping[str, Any]) -> str:
 
 
 def hours(seconds: float) -> str:
-    """Return working time of one core or GPU, in hours or, when that is long, years."""
-    if seconds >= _YEAR:
-        return f"{seconds / _YEAR:,.0f} y" if seconds >= 10 * _YEAR else f"{seconds / _YEAR:.1f} y"
-    return f"{seconds / _HOUR:,.0f} h" if seconds >= 10 * _HOUR else f"{seconds / _HOUR:.2g} h"
+    """Return working time of one core or GPU in a unit that suits it."""
+    for unit, scale in (("y", _YEAR), ("h", _HOUR), ("min", 60.0)):
+        if seconds >= 1.5 * scale:
+            return (
+                f"{seconds / scale:,.1f} {unit}" if seconds < 10 * scale else f"{seconds / scale:,.0f} {unit}"
+            )
+    return f"{seconds:.2g} s"
 
 
 def size(count: float) -> str:

@@ -46,7 +46,8 @@ def test_rates_count_from_when_all_workers_are_at_work(monkeypatch):
 
 
 def test_amounts_for_people():
-    assert [scale_tables.hours(s) for s in (1800, 7.2e4, 1e8, 1e9)] == ["0.5 h", "20 h", "3.2 y", "32 y"]
+    times = [scale_tables.hours(seconds) for seconds in (0.19, 1800, 7.2e4, 1e8, 1e9)]
+    assert times == ["0.19 s", "30 min", "20 h", "3.2 y", "32 y"]
     assert [scale_tables.size(b) for b in (1500, 2.5e6, 1.5e11, 3e12)] == [
         "1.5 kB",
         "2.5 MB",
