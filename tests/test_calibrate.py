@@ -220,6 +220,12 @@ def test_an_objective_prefers_the_centre_of_most_probability():
     assert by_mass_within(level, shares, 30000.0).tolist() == [0, 1, 2, 3]
 
 
+def test_an_objective_does_not_leave_the_best_tile_for_a_trifle():
+    tiles = [tile_at(LngLat(10 + 0.05 * i, 50), 16) for i in range(3)]
+    level = level_of(*tiles, scores=[math.log(s) for s in (0.9, 0.096, 0.004)])
+    assert by_mass_within(level, softmax_shares(level, 1.0), 4.0).tolist() == [0, 1, 2]
+
+
 # --- the file ---------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,14 @@ from test_search import hashed_encode, picture, random_photos
 from geoengine.engine import search as search_module
 from geoengine.engine.calibration import Among, Calibration, Fit, LevelFit
 from geoengine.engine.errors import GeoEngineError
+from geoengine.engine.index.segments import tile_ids, tiles_of_ids
+from geoengine.engine.index.tile_index import Table
 from geoengine.engine.regions import parse_region
 from geoengine.engine.scoring.kinds import Objective, Score
 from geoengine.engine.scoring.path import log_softmax
 from geoengine.engine.scoring.selection import select
 from geoengine.engine.search import SearchConfig
-from geoengine.engine.tiles import LngLat, Tile, descendants, parent, tile_at
+from geoengine.engine.tiles import LngLat, Tile, all_xy, descendants, parent, tile_at
 
 LEVELS = (2, 4, 5)
 
@@ -330,3 +332,92 @@ def test_the_path_score_needs_a_calibration():
     config = SearchConfig(score=Score.path)
     with pytest.raises(GeoEngineError, match="needs a calibration"):
         search_module.search(random_photos(1), AddressTiles(), HostEncoders(hashed_encode), config)
+
+
+# --- levels in an index -----------------------------------------------------------------------------------
+
+
+class Indexed:
+    """What a search knows of tiles: all tiles of some zooms, but for some that are missing."""
+
+    width = 8
+
+    def __init__(self, zooms, missing=lambda tile: False):
+        self.tables = {}
+        for zoom in zooms:
+            xy = all_xy(zoom)
+            xy = xy[[not missing(Tile(zoom, *place)) for place in xy.tolist()]]
+            order = np.argsort(tile_ids(xy))
+            rows = np.concatenate([hashed_encode("", picture(Tile(zoom, *p))) for p in xy[order].tolist()])
+            lacking = 4**zoom - len(xy)
+            self.tables[zoom] = Table(tile_ids(xy)[order], rows.astype(np.float16), None, lacking)
+
+    def refresh(self):
+        pass
+
+    def table(self, zoom, area):
+        return self.tables.get(zoom)
+
+    def look_up(self, zoom, ids):
+        nothing = np.zeros(len(ids), dtype=bool)
+        return np.zeros((len(ids), self.width), np.float16), nothing, nothing
+
+    def keep(self, zoom, ids, rows):
+        pass
+
+
+def whole_scores(known, query, fits, zooms):
+    """The path scores of all tiles of each zoom, {zoom: {tile: score}}, one tile at a time."""
+    scores = {}
+    for depth, zoom in enumerate(zooms):
+        table, fit = known.tables[zoom], fits.fits["plain"].level(zoom)
+        tiles = [Tile(zoom, *place) for place in tiles_of_ids(table.ids).tolist()]
+        unit = query / np.linalg.norm(query)
+        cosines = [float(row @ unit / np.linalg.norm(row)) for row in table.matrix.astype(np.float64)]
+        logits = [fit.weight * fit.scale * cosine for cosine in cosines]
+        if depth:
+            before = scores[zooms[depth - 1]]
+            mean = sum(before.values()) / len(before)
+            logits = [
+                logit + fit.inherited * before.get(parent(tile, zooms[depth - 1]), mean)
+                for tile, logit in zip(tiles, logits, strict=True)
+            ]
+        scores[zoom] = dict(zip(tiles, log_shares(logits), strict=True))
+    return scores
+
+
+@pytest.mark.parametrize("missing", [lambda tile: False, lambda tile: tile in (Tile(1, 1, 1), Tile(3, 2, 5))])
+def test_all_tiles_of_an_index_are_scored_with_their_parents(missing):
+    known, fits = Indexed((1, 3), missing), calibration((1, 3, 5))
+    queries = random_photos(3, seed=6)
+    found = search(queries, k=4, levels=(1, 3, 5), fits=fits, known=known)
+    for levels, query in zip(found, queries, strict=True):
+        expected = whole_scores(known, query.astype(np.float64), fits, (1, 3))
+        for level, zoom in zip(levels, (1, 3), strict=False):
+            best = sorted(expected[zoom].items(), key=lambda pair: -pair[1])[:4]
+            assert level.exhaustive
+            assert [scored.tile for scored in level.beam] == [tile for tile, _ in best]
+            assert [s.score for s in level.beam] == pytest.approx([score for _, score in best], abs=2e-4)
+        # Ancestors of the answers that are not in the beams have their path scores too.
+        for level in levels[:2]:
+            for scored in level.ancestors:
+                assert scored.score == pytest.approx(expected[level.zoom][scored.tile], abs=2e-4)
+        assert [level.zoom for level in levels] == [1, 3, 5]
+        assert {parent(s.tile, 3) for s in levels[2].beam} <= {s.tile for s in levels[1].beam}
+
+
+def test_a_joined_tile_and_a_quota_in_an_index():
+    known, point = Indexed((1, 3)), LngLat(100.0, -40.0)
+    (levels,) = search(
+        random_photos(1, seed=6),
+        k=4,
+        levels=(1, 3, 5),
+        known=known,
+        fits=calibration((1, 3, 5)),
+        joined=[point],
+        quota=2,
+    )
+    for level in levels:
+        assert tile_at(point, level.zoom) in {scored.tile for scored in level.beam}
+    parents = [parent(s.tile, 1) for s in levels[1].beam if s.tile != tile_at(point, 3)]
+    assert max(map(parents.count, parents)) <= 2

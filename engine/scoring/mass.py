@@ -95,7 +95,8 @@ def softmax_shares(level: Level, sharpness: float) -> Floats:
 def by_mass_within(level: Level, shares: Floats, radius_km: float) -> NDArray[np.int64]:
     """Return the places in the beam, int64[beam], first the tile whose centre has most share within a radius.
 
-    A tile's share counts where its centre lies. Of equal ones, the better tile is first.
+    A tile's share counts where its centre lies. Of tiles that hold the same to a hundredth of all, the better
+    one is first: else a tile among many would win over the best of them.
     """
     points = centers(level.zoom, [scored.tile[1:] for scored in level.beam])  # (beam, 2)
     mass = np.array(
@@ -104,8 +105,7 @@ def by_mass_within(level: Level, shares: Floats, radius_km: float) -> NDArray[np
             for lng, lat in points.tolist()
         ]
     )
-    # Sums of the same shares in another order may differ in the last digits.
-    return np.argsort(-np.round(mass, 12), kind="stable")
+    return np.argsort(-np.round(mass, 2), kind="stable")
 
 
 def _cap_share(km: float) -> float:
