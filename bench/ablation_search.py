@@ -105,12 +105,16 @@ def table(data: dict[str, Any]) -> str:
         inside = [flag for cell in parts for flag in cell["in_radius"] or ()]
         lines.append(
             f"| {variant} | {k} | {len(errors)} | "
-            + " | ".join(f"{share:.1%}" for share in within)
-            + f" | {first.low:.1%} – {first.high:.1%} | "
-            + ", ".join(f"{share:.1%}" for share in by_seed)
-            + f" | {kept:.1%} | {f'{sum(inside) / len(inside):.1%}' if inside else '–'} |"
+            + " | ".join(map(_percent, within))
+            + f" | {_percent(first.low)} – {_percent(first.high)} | "
+            + ", ".join(map(_percent, by_seed))
+            + f" | {_percent(kept)} | {_percent(sum(inside) / len(inside)) if inside else '–'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _cell(engine: GeoEngine, truth: PlanetPhotos, k: int, variant: str) -> dict[str, Any]:
