@@ -217,6 +217,31 @@ def test_a_search_is_stopped_and_another_one_begun(server, open_page):
     expect(rows(page)).to_have_count(7)
 
 
+def test_another_photo_takes_the_place_of_the_one_under_way(server, open_page):
+    held, gate = threading.Event(), threading.Event()
+    events, result = made_search(PLACE)
+    whole = server.answer
+    server.answer = told(events, result, before=lambda step: step != 8 or held.wait(20))
+    page = open_page(server.address)
+    choose(page)
+    expect(rows(page)).to_have_count(2)
+
+    def waits(tell):
+        gate.wait(20)
+        whole(tell)
+
+    server.answer = waits
+    choose(page, jpeg(colour="blue"))
+    held.set()
+    page.wait_for_timeout(300)
+    expect(page.locator("#status")).to_have_text("Sending the photo")
+    expect(page.locator("#stop")).to_be_visible()
+    expect(rows(page)).to_have_count(0)
+    gate.set()
+    expect(page.locator("#result")).to_be_visible()
+    expect(rows(page)).to_have_count(7)
+
+
 def test_poor_coverage_is_said(server, open_page):
     events, result = made_search(PLACE, coverage=0.25)
     server.answer = told(
