@@ -7,11 +7,13 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from geoengine.bench.accuracy import errors_km
 from geoengine.bench.evaluate_rows import PhotoRow, Results, Setting
 from geoengine.bench.truth import TruthError, TruthPhoto, TruthSet
+from geoengine.engine.bulk.identity import region_identity
 from geoengine.engine.calibration import CALIBRATION, STATED_SHARES
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BundleError, GeoEngineError, PhotoError
@@ -87,14 +89,13 @@ def levels_searched(engine: GeoEngine, config: SearchConfig) -> list[int]:
 def _search_of(config: SearchConfig) -> dict[str, str]:
     """Return the configuration but for what a setting says and what changes no answer."""
     own = {*Setting._fields, "top"}
-    return {
-        field.name: _words(getattr(config, field.name)) for field in fields(config) if field.name not in own
-    }
-
-
-def _words(value: object) -> str:
-    name = getattr(value, "name", None)
-    return name if isinstance(name, str) else str(value)
+    options = {f.name: str(getattr(config, f.name)) for f in fields(config) if f.name not in own}
+    prior = Path(config.prior or "")
+    if prior.is_file():  # whose name says little
+        options["prior"] = hashlib.sha256(prior.read_bytes()).hexdigest()
+    if config.within is not None:
+        options["within"] = f"{config.within.name}, {region_identity(config.within)[:16]}"
+    return options
 
 
 def _bundle_of(engine: GeoEngine) -> dict[str, str]:

@@ -274,6 +274,7 @@ def _check_same(folder: Path, job: Mapping[str, Any]) -> None:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
+    text = text or "none"
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

@@ -20,6 +20,7 @@ from geoengine.engine.calibration import STATED_SHARES, Calibration
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BundleError, GeoEngineError
 from geoengine.engine.manifest import encoder_hash
+from geoengine.engine.regions import parse_region
 from geoengine.engine.render.files import OutputError
 from geoengine.engine.scoring.kinds import Score
 from geoengine.engine.search import SearchConfig
@@ -379,6 +380,23 @@ def test_rows_of_another_bundle_are_refused_and_can_be_thrown_away(engine, tmp_p
     with Results.open(tmp_path / "out", job, LEVELS, STATED_SHARES, again=True) as results:
         assert list(results) == []
     assert rows_in(tmp_path / "out") == []
+
+
+def test_a_region_and_a_prior_are_known_by_what_is_in_them(engine, tmp_path):
+    def job(**options):
+        return job_of(engine, MadePhotos(PLACES), [SearchConfig(k=1, score=Score.path, **options)])
+
+    def area(lat):
+        ring = [[0, lat], [9, lat], [9, 60], [0, 60], [0, lat]]
+        (tmp_path / "area.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+        return parse_region(str(tmp_path / "area.geojson"))
+
+    assert job(within=area(40))["within"] == job(within=area(40))["within"] != job(within=area(20))["within"]
+    (tmp_path / "prior").write_bytes(b"1")
+    first = job(prior=str(tmp_path / "prior"))
+    (tmp_path / "prior").write_bytes(b"2")
+    assert job(prior=str(tmp_path / "prior"))["prior"] != first["prior"]
+    assert job(prior="population")["prior"] == "population"
 
 
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):

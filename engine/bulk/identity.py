@@ -66,11 +66,12 @@ def _options(config: SearchConfig) -> list[str]:
     texts = []
     for field in fields(config):
         value = getattr(config, field.name)
-        texts.append(f"{field.name}={_region_text(value) if field.name == 'within' else value!r}")
+        texts.append(f"{field.name}={region_identity(value) if field.name == 'within' else value!r}")
     return texts
 
 
-def _region_text(region: Region | None) -> str:
+def region_identity(region: Region | None) -> str:
+    """Return what tells a region from others, whatever its name: a hash of its tiles; "" for the world."""
     if region is None:
         return ""
     return fingerprint(region.name, region.tiles(_REGION_ZOOM).tobytes())
