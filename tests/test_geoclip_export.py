@@ -205,6 +205,8 @@ def test_a_bundle_that_is_built_again_keeps_geoclip(built, tmp_path):
     bundle = EngineBundle.open(out)
     assert bundle.path == out
     assert bundle.geoclip().path == out / "geoclip"
+    verified = {row.artifact for row in verify_bundle(out).rows}
+    assert {"onnx/trunk.16.fp32.onnx", "geoclip/onnx/location.fp32.onnx"} < verified
     (out / "other").touch()
     (out / "manifest.json").unlink()
     with pytest.raises(ExportError, match="is not an engine bundle"):
