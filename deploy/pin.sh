@@ -12,7 +12,7 @@ pin() {  # OUT EXTRA-INPUT OPTION…
   mv "$out.new" "$out"
 }
 
-# The GPU wheel of ONNX Runtime would run on a CPU too, and is 290 MB larger.
+# The GPU wheel of ONNX Runtime would run on a CPU too, and is 262 MB larger.
 none=$(mktemp)
 trap 'rm -f "$none"' EXIT
 printf "onnxruntime-gpu; sys_platform == 'none'\n" > "$none"
