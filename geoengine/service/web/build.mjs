@@ -71,6 +71,7 @@ const filled = (page) =>
 writeFileSync(join(OUT, "index.html"), filled(text(`${SOURCE}/index.html`)));
 const use = text(`${SOURCE}/responsible-use.html`).replace("__TEXT__", () => htmlOf(text(USE)));
 writeFileSync(join(OUT, "responsible-use.html"), filled(use));
+cpSync("node_modules/leaflet/LICENSE", join(OUT, "leaflet-LICENSE.txt"));
 for (const file of ["icon.svg", "samples"]) cpSync(join(SOURCE, file), join(OUT, file), { recursive: true });
 
 writeFileSync(join(OUT, "coasts.json"), JSON.stringify(coasts()));

@@ -199,7 +199,7 @@ function choose(candidate, draw = () => map.showCandidate(result, candidate)) {
   chosen = candidate;
   showCandidates(result, chosen, choose);
   byId("levels").replaceChildren(...result.levels.map((level, i) =>
-    levelRow(level, chosen, () => map.showStep(result, chosen, i))));
+    levelRow(level, chosen, () => map.showStep(result, chosen, i), result.scoring)));
   if (focused >= 0) byId("candidates").querySelectorAll("button")[focused].focus();
   draw();
 }

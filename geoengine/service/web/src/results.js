@@ -41,7 +41,7 @@ export function showCandidates(result, chosen, choose) {
 }
 
 // A level's row: while a search runs it has no path yet.
-export function levelRow(level, candidate, show) {
+export function levelRow(level, candidate, show, scoring) {
   const rank = candidate ? level.beam.findIndex((tile) => name(tile) === name(ancestor(candidate, level.zoom))) : -1;
   const scored = candidate?.path.find((tile) => tile.z === level.zoom);
   const zoom = show
@@ -53,8 +53,11 @@ export function levelRow(level, candidate, show) {
     element("td", {}, level.candidates.toLocaleString("en")),
     element("td", {}, level.beam.length.toLocaleString("en")),
     element("td", {}, rank >= 0 ? `${rank + 1}` : candidate ? "not kept" : "…"),
-    element("td", {}, scored ? scored.score.toFixed(3) : candidate ? "–" : "…"));
+    element("td", {}, scored ? score(scored, scoring) : candidate ? "–" : "…"));
 }
+
+// Path scores are natural logarithms of probabilities, the paper's are cosines.
+const score = (tile, scoring) => (scoring?.score === "path" ? percent(Math.exp(tile.score)) : tile.score.toFixed(3));
 
 export function levelSentence(level, number, levels) {
   const lacking = level.coverage < 1 ? ` ${percent(level.coverage)} of its tiles were there.` : "";
