@@ -1,5 +1,6 @@
 """Locating photos with GeoCLIP: its gallery, what it says of tiles, and the methods that ask it."""
 
+import io
 import json
 import shutil
 import sys
@@ -379,6 +380,32 @@ def test_the_weights_of_fusion_are_fitted(both, tmp_path, monkeypatch):
     assert all(level.evidence["geoclip"] >= 0 for level in fit.levels.values())
     done = run("locate", pictures / "1.png", "--method", "fused", "--levels", "2,4", "--json", *common)
     assert json.loads(done.stdout)["scoring"]["calibrated"]
+
+
+@pytest.mark.parametrize("kind", ["alone", "both"])
+def test_a_service_without_tiles_asks_geoclip(kind, request):
+    """Whether it has map encoders or not; what it offers says so."""
+    from starlette.testclient import TestClient
+
+    from geoengine.service.app import create_app
+    from geoengine.service.settings import Settings
+
+    folder = request.getfixturevalue(kind)
+    file = io.BytesIO()
+    Image.fromarray(photos(1)[0].pixels).save(file, "PNG")
+    app = create_app(Settings(bundle=str(folder), backend="onnxruntime-cpu", threads=1))
+    with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5000)) as client:
+        about = client.get("/v1/about").json()
+        assert (about["choices"]["method"], about["defaults"]["method"]) == (["geoclip"], "geoclip")
+        assert about["tiles"]["reason"] == "there are no map tiles here"
+        sent = {"content": file.getvalue(), "headers": {"Content-Type": "image/png"}}
+        found = client.post("/v1/locate", **sent)
+        assert found.status_code == 200, found.text
+        assert found.json()["scoring"]["method"] == "geoclip"
+        refusal = client.post("/v1/locate?method=fused", **sent)
+        assert refusal.status_code == 422
+        assert "there are geoclip" in refusal.text
+        assert client.get("/v1/tiles/2/1/1").status_code == 404
 
 
 def test_the_command(alone, both, tmp_path, monkeypatch):

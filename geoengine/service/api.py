@@ -26,7 +26,7 @@ from geoengine.service.bodies import read_upload
 from geoengine.service.events import ClientGone, EventStream, Tell, while_connected
 from geoengine.service.guard import Visit
 from geoengine.service.limits import Rate
-from geoengine.service.locator import Locator
+from geoengine.service.locator import Locator, unshown
 from geoengine.service.metrics import CONTENT_TYPE, Metrics
 from geoengine.service.parameters import Parameters, parse_parameters
 from geoengine.service.problems import Problem, problem_of
@@ -172,7 +172,9 @@ class Api:
                 "model": model_name(manifest),
                 "note": HYPOTHESIS,
                 "levels": list(locator.offer.levels),
-                "defaults": Parameters().model_dump(mode="json", exclude={"levels", "within"}),
+                "defaults": Parameters(method=locator.offer.methods[0]).model_dump(
+                    mode="json", exclude={"levels", "within"}
+                ),
                 "choices": {
                     "score": [str(score) for score in Score],
                     "method": [str(method) for method in locator.offer.methods],
@@ -189,7 +191,7 @@ class Api:
                 "tiles": {
                     "url": "/v1/tiles/{z}/{x}/{y}",
                     "shown": shown,
-                    "reason": "" if shown else f"the terms of {source.name} do not allow to show its tiles",
+                    "reason": "" if shown else unshown(source),
                     "min_zoom": source.min_zoom,
                     "max_zoom": min(source.max_zoom, locator.deepest),
                     "tile_size": source.tile_size,

@@ -14,8 +14,7 @@ import numpy as np
 
 from geoengine.engine.batching import KEPT_EMBEDDINGS, SharedEncoders
 from geoengine.engine.engine import GeoEngine
-from geoengine.engine.errors import BundleError, GeoEngineError, TileError
-from geoengine.engine.geoclip import no_map_encoders
+from geoengine.engine.errors import GeoEngineError, TileError
 from geoengine.engine.index.known_rows import KnownRows
 from geoengine.engine.index.memory_rows import MemoryRows
 from geoengine.engine.index.tile_index import MANIFEST as INDEX_MANIFEST
@@ -26,7 +25,9 @@ from geoengine.engine.scoring.density import PRIORS, PriorError, open_prior
 from geoengine.engine.scoring.kinds import Method
 from geoengine.engine.search import SearchConfig, levels_of
 from geoengine.engine.shared_search import SharedSearch
-from geoengine.engine.tiles import Tile
+from geoengine.engine.sources import TileSource
+from geoengine.engine.sources.nothing import NoTiles
+from geoengine.engine.tiles import LEVELS, Tile
 from geoengine.service.coarse import coarse_level, coarse_location, deepest_zoom
 from geoengine.service.limits import Admission
 from geoengine.service.metrics import Metrics
@@ -58,7 +59,7 @@ class Locator:
         )
         self.offer = Offer(
             levels=self._offered_levels(),
-            methods=tuple(Method) if self.engine.bundle.has_geoclip else (Method.tiles,),
+            methods=self._offered_methods(),
             priors=tuple(_priors(self.engine.bundle.world)),
             max_k=settings.max_k,
         )
@@ -77,11 +78,17 @@ class Locator:
         self._under_way: set[SharedSearch] = set()
         metrics.watch(lambda: self.shared.state, self.admission, lambda: len(self.rows or ()))
 
+    def _offered_methods(self) -> tuple[Method, ...]:
+        """Return what may be asked, the usual one first; without map encoders or tiles, GeoCLIP alone."""
+        bundle = self.engine.bundle
+        if isinstance(self.engine.source, NoTiles) or not bundle.levels:
+            return (Method.geoclip,)
+        return tuple(Method) if bundle.has_geoclip else (Method.tiles,)
+
     def _offered_levels(self) -> tuple[int, ...]:
         """Return the levels that may be searched: those of encoders and tiles, no finer than is allowed."""
-        if not self.engine.bundle.levels:
-            raise BundleError(no_map_encoders(self.engine.bundle))
-        levels = levels_of(self.engine.source, self.engine.bundle.levels)
+        searches = Method.tiles in self._offered_methods()
+        levels = levels_of(self.engine.source, self.engine.bundle.levels if searches else LEVELS)
         offered = tuple(zoom for zoom in levels if zoom <= self.deepest)
         if not offered:
             raise GeoEngineError(
@@ -102,7 +109,8 @@ class Locator:
     def _warm_up(self) -> None:
         """Load every encoder, so that the first request does not wait for it, or fail."""
         sides = {PHOTO: self.engine.bundle.image_size}
-        sides |= {encoder_name(zoom): self.engine.source.tile_size for zoom in self.offer.levels}
+        if Method.tiles in self.offer.methods:
+            sides |= {encoder_name(zoom): self.engine.source.tile_size for zoom in self.offer.levels}
         self.engine.backend.encode_mixed(
             [(encoder, np.zeros((1, side, side, 3), np.uint8)) for encoder, side in sides.items()]
         )
@@ -233,7 +241,7 @@ class Locator:
         """Return a tile of the source as a JPEG; raises a 404 problem when there is none to be shown."""
         source = self.engine.source
         if not source.storable:
-            raise Problem(404, f"the terms of {source.name} do not allow to show its tiles here")
+            raise Problem(404, unshown(source))
         try:
             tile = Tile(z, x, y)
         except TileError as error:
@@ -284,6 +292,13 @@ class Locator:
             "encoder_busy_s": round(state.busy_s, 3),
             "encoder_failures": state.failures,
         }
+
+
+def unshown(source: TileSource) -> str:
+    """Return why a source's tiles are not shown, though they may be searched."""
+    if isinstance(source, NoTiles):
+        return "there are no map tiles here"
+    return f"the terms of {source.name} do not allow to show its tiles"
 
 
 def _priors(world: str) -> Iterator[str]:

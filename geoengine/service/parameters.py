@@ -51,9 +51,12 @@ class Parameters(BaseModel):
         ),
     ] = None
     method: Annotated[
-        Method,
-        Field(description="What is asked: map tiles, and with some services GeoCLIP in several ways."),
-    ] = Method.tiles
+        Method | None,
+        Field(
+            description="What is asked: map tiles, and with some services GeoCLIP in several ways; with "
+            "those that have no tiles, GeoCLIP alone."
+        ),
+    ] = None
     score: Annotated[
         Score | None, Field(description="What ranks tiles; by default the best that the encoders allow.")
     ] = None
@@ -81,10 +84,9 @@ class Parameters(BaseModel):
         for name, value in (("k", self.k), ("top", self.top), ("quota", self.quota)):
             if value is not None and value > offer.max_k:
                 raise GeoEngineError(f"{name} must be at most {offer.max_k} here")
-        if self.method not in offer.methods:
-            raise GeoEngineError(
-                f"method {self.method} is not offered here: there are {', '.join(offer.methods)}"
-            )
+        method = self.method or offer.methods[0]
+        if method not in offer.methods:
+            raise GeoEngineError(f"method {method} is not offered here: there are {', '.join(offer.methods)}")
         if self.prior is not None and self.prior not in offer.priors:
             there = f"there are {', '.join(offer.priors)}" if offer.priors else "there is none"
             raise GeoEngineError(f"this prior is not offered here: {there}")
@@ -100,7 +102,7 @@ class Parameters(BaseModel):
             levels=chosen,
             top=self.top,
             within=None if self.within is None else parse_given_region(self.within),
-            method=self.method,
+            method=method,
             score=self.score,
             quota=self.quota,
             centred=self.centred,
