@@ -155,6 +155,10 @@ def _connect(address: str, cores: int | None) -> None:
             _take_token()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        if address == AUTO and isinstance(error, ConnectionError):
+            raise ClusterError(
+                "no Ray cluster runs on this machine: start one with `ray start --head`, or give --ray local"
+            ) from None
         raise ClusterError(f"Ray cannot be used at {address}: {_first_line(error)}") from None
     DataContext.get_current().enable_progress_bars = False
     for name in ("ray", "ray.data"):

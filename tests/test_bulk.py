@@ -422,6 +422,16 @@ def test_results_of_another_job_are_refused(command, tmp_path, change, other):
     assert out.read_bytes() == before
 
 
+def test_a_job_that_came_to_nothing_is_in_nobodys_way(command, tmp_path, monkeypatch):
+    out = tmp_path / "results"
+    with monkeypatch.context() as patch:
+        patch.setattr(GeoEngine, "locate", lambda *arguments, **options: 1 / 0)
+        assert run(*command, "--out", out).exit_code == 1
+    assert (out / "_job.json").exists() and not list(out.glob("part-*"))
+    assert run(*command, "--k", 1, "--out", out, "--format", "csv").exit_code == 1
+    assert len(list(out.glob("part-*.csv"))) == 4
+
+
 def test_other_photos_and_formats_are_refused(command, photos, tmp_path):
     out = tmp_path / "results"
     run(*command, "--out", out)

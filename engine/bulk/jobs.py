@@ -256,7 +256,10 @@ def _clear(target: Target) -> None:
 
 
 def _read_state(target: Target, order: JobOrder) -> JobState | None:
-    """Return how far the job in a folder is, None when there is none; raises JobError for another one."""
+    """Return how far the job in a folder is, None when there is none; raises JobError for another one's.
+
+    One of which nothing is done, because it was begun in error, does not count.
+    """
     path = target.folder / JOB
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -270,6 +273,8 @@ def _read_state(target: Target, order: JobOrder) -> JobState | None:
         raise JobError(f"{path}: it cannot be read ({error}): give --restart to begin anew") from None
     wanted = {"format": target.format.value, "parts": str(order.part_photos), **order.identity}
     others = [name for name in wanted if there.get(name) != wanted[name]]
+    if others and not state.complete and not any(target.folder.glob("part-*")):
+        return None  # nothing was done
     if others:
         raise JobError(
             f"{target.out} belongs to another job: {', '.join(_OTHER[name] for name in others)}: "
