@@ -18,18 +18,20 @@ from made_photos import encoded
 from tiny_bundle import write_tiny_bundle, write_tiny_tiles
 
 from geoengine.engine import cluster as cluster_module
+from geoengine.engine.bulk import spread
 from geoengine.engine.bulk.engines import EngineSpec
 from geoengine.engine.bulk.formats import ResultFiles, ResultFormat
 from geoengine.engine.bulk.identity import bundle_identity
 from geoengine.engine.bulk.items import Items
-from geoengine.engine.bulk.jobs import JOB
+from geoengine.engine.bulk.jobs import JOB, JobOrder, Target, open_job
 from geoengine.engine.bulk.parts import PartDone, Parts
-from geoengine.engine.bulk.spread import TRIES, LocateWork
+from geoengine.engine.bulk.spread import TRIES, LocateWork, spread_job
 from geoengine.engine.bulk.stream import PhotoSearch
 from geoengine.engine.cluster import ClusterError, Workers
 from geoengine.engine.errors import GeoEngineError
-from geoengine.engine.photo_sets import open_photo_set
+from geoengine.engine.photo_sets import PhotoSetError, open_photo_set
 from geoengine.engine.photos import PhotoLimits
+from geoengine.engine.scoring.kinds import Score
 from geoengine.engine.search import SearchConfig
 
 pytest.importorskip("ray")
@@ -251,6 +253,64 @@ def test_work_can_be_sent_and_done_twice(work, home):
     assert sent.do(part) == PartDone(0, 7, 1) and work.parts.file(0).read_bytes() == before
     sent._engine = None
     assert sent.do(part) == PartDone(0, 7, 1), "what is there is not located again"
+
+
+class HereCluster:
+    """Does work in this process, as a cluster of one worker would."""
+
+    workers = Workers(count=1, cpus=1, gpus=0)
+
+    def __init__(self):
+        self.waves = []
+
+    def map(self, work, tasks):
+        self.waves.append(len(tasks))
+        work = pickle.loads(pickle.dumps(work))
+        work.begin()
+        for task in pickle.loads(pickle.dumps(tasks)):
+            yield work.do(task)
+
+
+@pytest.fixture
+def job_of(work, tmp_path):
+    order = JobOrder(identity=work.identity, world="earth", about={}, part_photos=5)
+    return lambda name: open_job(Target.parse(tmp_path / name, None), order)
+
+
+def test_photos_are_sent_out_in_waves_and_with_whole_paths(work, home, job_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(spread, "PARTS_PER_WAVE", 3)
+    monkeypatch.chdir(home)
+    (home / "prior.csv").touch()
+    cluster, photos = HereCluster(), Items([open_photo_set("photos")])
+    with job_of("results.jsonl") as job:
+        done = list(spread_job(cluster, work.spec, job, photos, work.search))
+    assert cluster.waves == [3, 1] and sum(part.located for part in done) == PHOTOS - 1
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == PHOTOS - 1
+    sent = []
+    monkeypatch.setattr(cluster, "map", lambda work, tasks: sent.append((work, tasks)) or iter(()))
+    search = replace(work.search, config=replace(work.search.config, prior="prior.csv", score=Score.path))
+    with job_of("other.jsonl") as job, pytest.raises(GeoEngineError, match="is missing; run it again"):
+        list(spread_job(cluster, work.spec, job, photos, search))
+    for sent_work, tasks in sent:
+        assert all(item.entry.file.is_absolute() for _, items in tasks for item in items)
+        assert sent_work.search.config.prior == str(home / "prior.csv")
+
+
+def test_photos_before_the_damage_of_a_set_are_located(work, home, job_of):
+    class Damaged(Items):
+        def __iter__(self):
+            for number, item in enumerate(super().__iter__()):
+                if number == 12:
+                    raise PhotoSetError("the tar ends early")
+                yield item
+
+    done = []
+    with job_of("results") as job, pytest.raises(PhotoSetError, match="ends early"):
+        for part in spread_job(
+            HereCluster(), work.spec, job, Damaged([open_photo_set(home / "photos")]), work.search
+        ):
+            done.append(part.number)
+    assert done == [0, 1]
 
 
 def test_a_part_that_kills_worker_after_worker_is_given_up(work, home):

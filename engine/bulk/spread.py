@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from geoengine.engine.bulk.engines import EngineSpec
+from geoengine.engine.bulk.engines import EngineSpec, anywhere
 from geoengine.engine.bulk.identity import bundle_identity
 from geoengine.engine.bulk.items import Item, Items
 from geoengine.engine.bulk.jobs import JOB, Job, JobError
@@ -73,9 +73,12 @@ def spread_job(
     What listing the photos raises comes after the photos before it; what a worker raises ends the run, and
     the parts that are written stay.
     """
+    config = search.config
+    if config.prior is not None:  # perhaps a file
+        config = replace(config, prior=anywhere(config.prior))
     work = LocateWork(
         spec=replace(spec, threads=cluster.workers.cpus),
-        search=search,
+        search=replace(search, config=config),
         parts=replace(job.parts, folder=job.parts.folder.absolute()),
         identity=job.order.identity,
     )
