@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from geoengine.bench.service_runs import Service, running
+from geoengine.engine.extras import require_extra
 
 _AT_ONCE = 8
 _SHARE = 0.5  # of the requests that schemathesis makes
@@ -36,13 +37,14 @@ def malformed(photo: bytes, count: int, seed: int, extra: Sequence[str]) -> dict
 
     `hung` are connections that the service had neither answered nor closed in a minute.
     """
+    require_extra("bench", ("schemathesis",), "making malformed requests")
     with running(extra) as service:
         schemathesis = _schemathesis(service, round(count * _SHARE), seed)
         before = service.figure("geoengine_requests_total")
         answers: Counter[str] = Counter()
         rng = random.Random(seed)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            makers = (_cut_off, _wrong_types, _raw_noise, _slow)
+            makers = (cut_off, wrong_types, raw_noise, slow)
             weights = (30.0, 60.0, 9.5, 0.5)
             jobs = [
                 (rng.choices(makers, weights)[0], rng.randrange(2**31))
@@ -94,7 +96,7 @@ def _statuses(service: Service) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _wrong_types(service: Service, photo: bytes, rng: random.Random) -> str:
+def wrong_types(service: Service, photo: bytes, rng: random.Random) -> str:
     """Send a form or a query with impossible values, or a body that is no photo."""
     body: bytes = rng.choice((photo[: rng.randrange(len(photo))], rng.randbytes(200), b"", b"{}"))
     chosen = {rng.choice(_PARAMETERS): rng.choice(_VALUES) for _ in range(rng.randrange(4))}
@@ -115,7 +117,7 @@ def _wrong_types(service: Service, photo: bytes, rng: random.Random) -> str:
     return _sent(service, rng.choice(_PATHS) + query, body, head, len(body))
 
 
-def _cut_off(service: Service, photo: bytes, rng: random.Random) -> str:
+def cut_off(service: Service, photo: bytes, rng: random.Random) -> str:
     """Promise a whole photo and leave in the middle of it."""
     return _sent(
         service,
@@ -127,13 +129,13 @@ def _cut_off(service: Service, photo: bytes, rng: random.Random) -> str:
     )
 
 
-def _slow(service: Service, photo: bytes, rng: random.Random) -> str:
+def slow(service: Service, photo: bytes, rng: random.Random) -> str:
     """Promise a photo and send almost nothing of it."""
     sent = photo[: rng.randrange(1, 100)]
     return _sent(service, _PATHS[0], sent, {"Content-Type": "image/jpeg"}, len(photo))
 
 
-def _raw_noise(service: Service, photo: bytes, rng: random.Random) -> str:
+def raw_noise(service: Service, photo: bytes, rng: random.Random) -> str:
     """Send something that is no HTTP, or hardly."""
     del photo
     lines = (

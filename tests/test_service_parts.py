@@ -6,18 +6,27 @@ import stat
 import numpy as np
 import pytest
 
-from geoengine.engine.errors import GeoEngineError
+from geoengine.engine.errors import (
+    BackendError,
+    BundleError,
+    GeoEngineError,
+    PhotoError,
+    PhotoKindError,
+    PhotoSizeError,
+    SourceError,
+)
 from geoengine.engine.regions import RegionError, parse_given_region
 from geoengine.engine.results import Candidate, Level, Location, ScoredTile
 from geoengine.engine.scoring.kinds import Method
 from geoengine.engine.search import SearchConfig
+from geoengine.engine.shared_search import SearchEndedError
 from geoengine.engine.sources.planet import PlanetSource
 from geoengine.engine.tiles import LngLat, Tile, center, great_circle_km, half_diagonal_km, parent, tile_at
 from geoengine.service.coarse import coarse_location, coarse_tile, deepest_zoom
 from geoengine.service.keys import Keys, new_key
 from geoengine.service.limits import Admission, Rate
 from geoengine.service.parameters import Offer, Parameters, check_work
-from geoengine.service.problems import Problem
+from geoengine.service.problems import Problem, problem_of
 from geoengine.service.settings import Settings
 
 LEVELS = (4, 6, 8, 10, 12, 14, 16)
@@ -114,6 +123,25 @@ def test_settings_travel_and_impossible_ones_are_refused(tmp_path):
     ):
         with pytest.raises(GeoEngineError, match=words):
             Settings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (PhotoSizeError("photo: too many pixels"), 413, "too many pixels"),
+        (PhotoKindError("photo: no image"), 415, "no image"),
+        (PhotoError("photo: damaged"), 422, "damaged"),
+        (SourceError("https://tiles.example/?key=secret does not answer"), 503, "map tiles did not come"),
+        (BackendError("/srv/engines/x.onnx cannot run"), 503, "encoders cannot run now"),
+        (BundleError("/srv/engines has been replaced"), 503, "encoders cannot run now"),
+        (SearchEndedError("the search did not end in time"), 503, "did not end in time: try again"),
+        (GeoEngineError("k must be at least 1"), 422, "at least 1"),
+    ],
+)
+def test_errors_become_refusals_that_tell_no_secret(error, status, words):
+    problem = problem_of(error)
+    assert (problem.status, words in problem.detail) == (status, True)
+    assert "/" not in problem.detail and ("Retry-After" in problem.headers) is (status == 503)
 
 
 # --- keys --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The service in trouble: encoders that fail or hang, clients that leave, wait or ask too much, and keys."""
 
 import logging
+import random
 import socket
 import threading
 import time
@@ -10,6 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 from served import SMALL, events, is_problem, photo_of_the_planet, served
 
+from geoengine.bench.service_malformed import cut_off, raw_noise, wrong_types
+from geoengine.bench.service_runs import Service
 from geoengine.engine.errors import BackendError
 from geoengine.service.keys import new_key
 
@@ -97,7 +100,7 @@ def test_a_stalled_encoder_hangs_nobody(photo, monkeypatch):
         assert service.ended[0] == 70
         service.backend.go_on.set()
         service.until(lambda: service.locator.shared.state.busy_s == 0)
-        assert service.locate(photo).status_code == 200
+        service.until(lambda: service.locate(photo).status_code == 200)
 
 
 def test_a_full_queue_and_a_greedy_client_are_told_to_wait(photo, monkeypatch):
@@ -198,6 +201,16 @@ def test_a_body_that_is_no_http_is_refused_quietly(service, caplog, then):
         assert connection.recv(100).startswith(b"HTTP/1.1 400")
     service.until(lambda: service.locator.admission.held == 0)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("make", [cut_off, wrong_types, raw_noise])
+def test_nothing_that_is_sent_is_an_error_of_ours(service, photo, caplog, make):
+    to = Service(urlsplit(service.url).port, process=None)
+    answers = [make(to, photo, random.Random(number)) for number in range(40)]
+    assert not [answer for answer in answers if answer.startswith("5") or answer in ("200", "hung")]
+    service.until(lambda: service.locator.admission.held == 0)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert service.locate(photo).status_code == 200
 
 
 def test_silent_connections_are_closed(service, monkeypatch):
