@@ -4,6 +4,7 @@ import gzip
 import io
 import threading
 import time
+import zlib
 from collections import Counter
 from contextlib import closing
 
@@ -143,6 +144,9 @@ class Batches:
     def __init__(self, slow_s=0.0):
         self.sizes, self.slow_s = [], slow_s
 
+    def takes(self, tile):
+        return not isinstance(tile, bytes)
+
     def decode(self, tiles):
         self.sizes.append(len(tiles))
         time.sleep(self.slow_s)
@@ -186,6 +190,20 @@ def test_a_tile_that_does_not_decode_is_tried_otherwise_once(decoder):
     seen = collect(((i, job(i)) for i in range(300)), decoder)
     assert seen == {i: 7 for i in range(300) if i % 3 < 2}
     assert tries == dict.fromkeys(range(300), 1)
+
+
+def test_tiles_that_gain_nothing_in_a_batch_are_decoded_in_their_threads():
+    decoder = Batches(slow_s=0.01)
+    png = picture((9, 9, 9), size=4)
+    jobs = ((i, lambda i=i: Encoded(png if i % 2 else 5)) for i in range(300))
+    assert collect(jobs, decoder) == {i: 9 if i % 2 else 5 for i in range(300)}
+    assert sum(decoder.sizes) == 150
+
+
+def test_only_jpeg_tiles_are_batched(decoder):
+    assert decoder.takes(made_tile())
+    assert not decoder.takes(picture("red"))
+    assert not decoder.takes(gzip.compress(made_tile())) and not decoder.takes("no bytes")
 
 
 def test_what_a_decoder_raises_reaches_the_caller():
@@ -293,14 +311,18 @@ def test_without_a_gpu_nvimagecodec_says_so():
 class OtherRounding(OpenCvDecoder):
     """Decodes as another decoder might: every component up to 2 off."""
 
-    name = "other rounding"
+    name, batch = "other rounding", 64
+
+    def takes(self, tile):
+        return True
 
     def decode(self, tiles):
-        rng = np.random.default_rng(0)
-        pictures = super().decode(tiles)
-        return [
-            np.clip(p.astype(int) + rng.integers(-2, 3, p.shape), 0, 255).astype(np.uint8) for p in pictures
-        ]
+        return [_shaken(tile, picture) for tile, picture in zip(tiles, super().decode(tiles), strict=True)]
+
+
+def _shaken(tile, picture):
+    off = np.random.default_rng(zlib.crc32(tile)).integers(-2, 3, picture.shape)
+    return np.clip(picture + off, 0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -351,8 +373,9 @@ def check_embeddings(world, backend, monkeypatch, other):
     path, xy = world
     own = embed(path, 6, xy, backend)
     monkeypatch.setattr(decoders._choice, "decoder", other)
-    cosines = (own * embed(path, 6, xy, backend)).sum(axis=1)
-    assert cosines.min() >= AGREE
+    others = embed(path, 6, xy, backend)
+    assert (own * others).sum(axis=1).min() >= AGREE
+    assert other.name != "other rounding" or not np.array_equal(own, others)
 
 
 def test_embeddings_of_two_decoders_agree(world, backend, monkeypatch, other):
@@ -378,5 +401,7 @@ def test_an_index_built_with_one_decoder_serves_another(world, bundle, backend, 
     assert [levels[0].beam for levels in after] == [levels[0].beam for levels in before]
     for old, new in zip(before, after, strict=True):
         assert [level.known for level in new] == [level.known for level in old] == [256, 0]
-        assert abs(new[-1].beam[0].score - old[-1].beam[0].score) <= 1 - AGREE
+        assert (
+            abs(new[-1].beam[0].score - old[-1].beam[0].score) <= (2 * (1 - AGREE)) ** 0.5
+        )  # their distance
         assert new[-1].beam[0].tile in {scored.tile for scored in old[-1].beam[:2]}

@@ -33,6 +33,7 @@ EXTRA = "pip install 'geoengine[gpu]'"
 """What installs nvImageCodec."""
 
 _MODULE = "nvidia.nvimgcodec"
+_JPEG = b"\xff\xd8"
 _BATCH = 256  # tiles; below 128 the GPU's units do not pay
 _HARDWARE_SHARE = 0.65  # of a batch, for the JPEG units; the rest keeps the GPU's other decoder busy
 _MOST_PIXELS = 4096 * 4096  # of a picture that goes to the GPU
@@ -51,7 +52,11 @@ class Decoder(Protocol):
 
     @property
     def batch(self) -> int:
-        """The most tiles in a call; with 1, calls run side by side, otherwise one after the other."""
+        """The most tiles in a call."""
+        ...
+
+    def takes(self, tile: object) -> bool:
+        """Tell whether a tile gains by being decoded among others; `read_picture` is as good for the rest."""
         ...
 
     def decode(self, tiles: Sequence[object]) -> list[Picture | None]:
@@ -64,6 +69,10 @@ class OpenCvDecoder:
 
     name = "OpenCV"
     batch = 1
+
+    def takes(self, tile: object) -> bool:
+        """Take none: no tile gains by waiting for others; see `Decoder`."""
+        return False
 
     def decode(self, tiles: Sequence[object]) -> list[Picture | None]:
         """Return each tile's picture, or None; see `Decoder`."""
@@ -98,6 +107,10 @@ class NvImageCodecDecoder:
         self._lock = threading.Lock()  # two threads in one decoder wait for each other for ever
         self._warned = False
 
+    def takes(self, tile: object) -> bool:
+        """Take JPEG tiles: others would wait in a batch, and be decoded by OpenCV all the same."""
+        return isinstance(tile, bytes) and tile.startswith(_JPEG)
+
     def decode(self, tiles: Sequence[object]) -> list[Picture | None]:
         """Return each tile's picture, or None; see `Decoder`."""
         data = [picture_bytes(tile) for tile in tiles]
@@ -128,7 +141,7 @@ class NvImageCodecDecoder:
 
     def _stream(self, data: bytes | None) -> object | None:
         """Return what nvImageCodec reads a JPEG of a usual kind and size through, None for anything else."""
-        if data is None or not data.startswith(b"\xff\xd8"):
+        if data is None or not data.startswith(_JPEG):
             return None
         try:
             stream = self._module.CodeStream(data)

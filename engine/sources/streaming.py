@@ -14,7 +14,7 @@ from typing import TypeAlias, Union
 import numpy as np
 
 from geoengine.engine.sources import TileBatch
-from geoengine.engine.sources.decode import Picture, write_rgb
+from geoengine.engine.sources.decode import Picture, read_picture, write_rgb
 from geoengine.engine.sources.decoders import Decoder, tile_decoder
 
 CHUNK = 64
@@ -92,11 +92,11 @@ class _Work:
         try:
             found = job()
             while isinstance(found, Encoded):
-                if self.decoder.batch > 1:
+                if self.decoder.takes(found.data):
                     self._undecoded.append((position, found))
                     self._decode_waiting()
                     return
-                [picture] = self.decoder.decode([found.data])
+                picture = read_picture(found.data)
                 found = picture if picture is not None or found.otherwise is None else found.otherwise()
         except BaseException as error:  # raised where the tiles are wanted
             self._finished.put(error)
