@@ -329,6 +329,12 @@ def load_encoder_folder(path: str | os.PathLike[str], *, levels: tuple[int, ...]
     return EncoderSet(pretrained="checkpoints", towers=towers, **config)
 
 
+def folder_vision(path: str | os.PathLike[str]) -> VisionConfig:
+    """Return the sizes of the towers in a folder that `save_encoder_folder` wrote; raises ExportError."""
+    vision: VisionConfig = _read_config(Path(path))["vision"]
+    return vision
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / _FOLDER_CONFIG
     if not file.is_file():

@@ -40,7 +40,8 @@ app.add_typer(index.app, name="index")
 app.command()(evaluate.evaluate)
 app.add_typer(tiles.app, name="tiles")
 app.add_typer(prepare.app, name="prepare")
-app.add_typer(train.app, name="train")
+app.command()(train.train)
+app.command()(train.pretrain_planet)
 
 
 def _print_version(wanted: bool) -> None:

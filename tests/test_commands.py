@@ -90,7 +90,7 @@ def test_training_into_a_place_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_training_from_a_file_that_is_not_there_is_refused(tmp_path):
-    refused(run("train", "planet", "--out", tmp_path / "x", "--pretrained", tmp_path / "no"), "no such file")
+    refused(run("train", "planet", "--out", tmp_path / "x", "--start", tmp_path / "no"), "no encoders.json")
 
 
 def build_report(path):

@@ -1,10 +1,11 @@
-"""Contrastive fine-tuning of one map encoder against frozen photo embeddings (the paper's section 3.2)."""
+"""The contrastive loss of the paper's section 3.2, and one step of training with it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -12,63 +13,104 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from geoengine.training.towers import Tower, freeze_trunk, head_features
+from geoengine.engine.tiles import EARTH_RADIUS_KM, centers, great_circle_km_array
+from geoengine.training.negatives import Keys, tiles_of_keys
+from geoengine.training.processes import Processes, autocast
+from geoengine.training.recipe import MAX_SCALE
+from geoengine.training.towers import Head
 
-Int64Array = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FineTuneConfig:
-    """Schedule of one map encoder's fine-tuning; `ridge` weighs the start of the projection."""
-
-    steps: int = 60
-    learning_rate: float = 5e-4
-    projection_learning_rate: float = 2e-3
-    weight_decay: float = 0.02
-    initial_scale: float = 12.0
-    ridge: float = 1e-3
+FloatArray = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PairSet:
-    """Photos and the tiles of one level that they were taken in.
+def contrastive_loss(
+    photos: torch.Tensor, tiles: torch.Tensor, target: torch.Tensor, log_scale: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean softmax cross-entropy over cosine similarities, from photo to tile.
 
-    `photos` is float32[m, d], unit rows; `tokens` float[t, T, width], the trunk's output for each distinct
-    tile; `tile_of` int64[m], the tile row of each photo.
+    `photos` float[b, d] and `tiles` float[t, d] are unit rows; `target` is int64[b], the column of each
+    photo's own tile, or float[b, t], a distribution over the tiles. The tiles are distinct, so two photos in
+    one tile are not each other's negatives. The scale is bounded as in CLIP.
+    """
+    logits = log_scale.exp().clamp(max=MAX_SCALE) * (photos @ tiles.T)
+    return F.cross_entropy(logits, target)
+
+
+def smoothed_target(
+    zoom: int, places: tuple[FloatArray, FloatArray], tiles: Keys, target: npt.NDArray[np.int64], tau: float
+) -> npt.NDArray[np.float32]:
+    """Spread each photo's target over the tiles by distance, float32[b, t], rows that sum to one.
+
+    `places` are the photos' longitudes and latitudes in degrees. The weight is exp(-(distance to the tile's
+    centre - that of the own tile) / (tau * side of a tile at that latitude)), after the haversine smoothing
+    of PIGEON (Haas et al., 2024, eq. 2), whose length in km is fixed since its cells are.
+    """
+    lng, lat = places
+    middle = centers(zoom, tiles_of_keys(tiles))
+    distance = great_circle_km_array(lng[:, None], lat[:, None], middle[None, :, 0], middle[None, :, 1])
+    side = 2 * math.pi * EARTH_RADIUS_KM * np.cos(np.radians(lat)) / (1 << zoom)
+    own = np.take_along_axis(distance, target[:, None], axis=1)
+    weight = np.exp(-np.maximum(distance - own, 0) / (tau * side[:, None]))
+    return np.asarray(weight / weight.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Batch:
+    """What a step works on: the photos' embeddings float32[b, d], the targets, and the number of tiles.
+
+    `tokens` returns the tokens of some of the tiles, float16[n, T, width].
     """
 
     photos: torch.Tensor
-    tokens: torch.Tensor
-    tile_of: torch.Tensor
+    target: torch.Tensor
+    tiles: int
+    tokens: Callable[[slice], torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class FineTuneResult:
-    """Figures of a fine-tuning: mean loss of its first and last ten steps, and the learned logit scale."""
+def compute_gradients(
+    head: Head, log_scale: nn.Parameter, batch: Batch, processes: Processes, accumulate: int, precision: str
+) -> float:
+    """Set the gradients of the loss of a batch, whole on every process, and return the loss.
 
-    first_loss: float
-    last_loss: float
-    logit_scale: float
-
-
-def fit_projection(tower: Tower, pairs: PairSet, trunk_layers: int, ridge: float) -> None:
-    """Set `tower.proj` to the ridge regression of class features onto the embeddings of the tiles' photos.
-
-    A start in closed form: the contrastive steps then sharpen an encoder that already points the right way.
+    The loss needs all tiles at once, but the encoder does not: with `accumulate` parts, embeddings are
+    computed without gradients first, the loss gives the gradient of each, and each part is then encoded
+    again (Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021). The
+    gradient is that of the whole batch whatever the number of parts and processes, but for rounding.
     """
-    features = encode_in_batches(tower, pairs.tokens, trunk_layers)[pairs.tile_of]
+    for parameter in (*head.parameters(), log_scale):
+        parameter.grad = None
+    share = processes.share(batch.tiles)
+    ends = [share.start + (share.stop - share.start) * i // accumulate for i in range(accumulate + 1)]
+    parts = [slice(a, b) for a, b in pairwise(ends) if a < b]
+    at_once = len(parts) == 1
+
+    def embed(part: slice) -> torch.Tensor:
+        with autocast(processes.device, precision):
+            embeddings: torch.Tensor = head(batch.tokens(part).float())
+        return embeddings
+
+    with torch.set_grad_enabled(at_once):
+        embedded = [embed(part) for part in parts]
+    own = torch.cat([part.detach() for part in embedded] or [batch.photos[:0]]).requires_grad_()
+    loss = contrastive_loss(batch.photos, processes.gather(own, batch.tiles), batch.target, log_scale)
+    torch.autograd.backward(loss)
+    assert own.grad is not None
+    for part, embeddings in zip(parts, embedded, strict=True):
+        outputs = embeddings if at_once else embed(part)
+        torch.autograd.backward(outputs, own.grad[part.start - share.start : part.stop - share.start])
+    processes.sum_gradients(head.parameters())
+    return float(loss.detach())
+
+
+def fit_projection(features: torch.Tensor, photos: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the ridge regression of class features float[m, w] onto photo embeddings float[m, d]: [w, d].
+
+    A start of the projection in closed form: training then sharpens an encoder that already points the right
+    way. `ridge` is in units of the features' mean square.
+    """
     gram = features.T @ features
-    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram))
-    with torch.no_grad():
-        tower.proj.copy_(torch.linalg.solve(gram + penalty, features.T @ pairs.photos))
-
-
-def encode_in_batches(tower: Tower, tokens: torch.Tensor, trunk_layers: int, size: int = 256) -> torch.Tensor:
-    """Class features float32[t, width] of trunk tokens, before the projection, without gradients."""
-    with torch.no_grad():
-        return torch.cat(
-            [head_features(tower, part.float(), trunk_layers) for part in torch.split(tokens, size)]
-        )
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    weights: torch.Tensor = torch.linalg.solve(gram + penalty, features.T @ photos)
+    return weights
 
 
 def calibrate_scale(similarities: torch.Tensor, target: torch.Tensor) -> float:
@@ -87,46 +129,3 @@ def calibrate_scale(similarities: torch.Tensor, target: torch.Tensor) -> float:
         left, right = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, right) if loss(left) < loss(right) else (left, high)
     return (low + high) / 2
-
-
-def fine_tune(
-    tower: Tower,
-    pairs: PairSet,
-    batches: Iterator[tuple[Int64Array, Int64Array]],
-    trunk_layers: int,
-    config: FineTuneConfig,
-) -> FineTuneResult:
-    """Train the head of `tower` in place so that each photo is most similar to its own tile.
-
-    `batches` yields photo rows, and further tile rows that serve as negatives only. The loss is the softmax
-    cross-entropy over cosine similarities times a learned scale, as in CLIP, from photo to tile; two photos
-    in one tile are never each other's negatives.
-    """
-    projection = tower.proj
-    parameters = [p for p in freeze_trunk(tower, trunk_layers) if p is not projection]
-    log_scale = nn.Parameter(torch.tensor(math.log(config.initial_scale)))
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-            {"params": [projection], "lr": config.projection_learning_rate, "weight_decay": 0.0},
-            {"params": [log_scale], "lr": config.projection_learning_rate, "weight_decay": 0.0},
-        ]
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    losses = []
-    for _ in range(config.steps):
-        rows, extra = (torch.from_numpy(part) for part in next(batches))
-        own = pairs.tile_of[rows]
-        tiles, target = torch.unique(torch.cat([own, extra]), return_inverse=True)
-        features = head_features(tower, pairs.tokens[tiles].float(), trunk_layers)
-        embeddings = F.normalize(features @ projection, dim=1)
-        logits = log_scale.exp().clamp(max=100) * (pairs.photos[rows] @ embeddings.T)
-        loss = F.cross_entropy(logits, target[: len(rows)])
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return FineTuneResult(
-        float(np.mean(losses[:10])), float(np.mean(losses[-10:])), min(100.0, math.exp(log_scale.item()))
-    )

@@ -95,9 +95,9 @@ def _code(hues: Float32Array, seen: Float32Array, land: Float32Array) -> Float32
     return np.concatenate([code, land[:, None]], axis=1).astype(np.float32)
 
 
-def render_photos(xy: Int64Array, seed: int, workers: int) -> Pictures:
-    """Photograph level-16 cells; photo i of equal seeds is equal."""
-    tasks = [(part, seed, start) for start, part in _parts(xy)]
+def render_photos(xy: Int64Array, seeds: Int64Array, workers: int) -> Pictures:
+    """Photograph level-16 cells, int64[n, 2]; equal `seeds`, int64[n], of one place give equal photos."""
+    tasks = [(part, seeds[start : start + len(part)]) for start, part in _parts(xy)]
     return _gather(_photo_task, tasks, workers)
 
 
@@ -123,12 +123,12 @@ def _gather(task: Callable[..., Pictures], tasks: Sequence[tuple[object, ...]], 
     )
 
 
-def _photo_task(xy: Int64Array, seed: int, start: int) -> Pictures:
+def _photo_task(xy: Int64Array, seeds: Int64Array) -> Pictures:
     world = default_world()
     pixels = np.empty((len(xy), TILE_SIZE, TILE_SIZE, 3), dtype=np.uint8)
     missing = []
-    for i, (x, y) in enumerate(xy.tolist()):
-        picture, lacks = render_photo(world, x, y, seed + start + i, PHOTO_HEIGHT)
+    for i, ((x, y), seed) in enumerate(zip(xy.tolist(), seeds.tolist(), strict=True)):
+        picture, lacks = render_photo(world, x, y, seed, PHOTO_HEIGHT)
         left = (picture.shape[1] - PHOTO_HEIGHT) // 2
         square = picture[:, left : left + PHOTO_HEIGHT]
         pixels[i] = cv2.resize(square, (TILE_SIZE, TILE_SIZE), interpolation=cv2.INTER_AREA)

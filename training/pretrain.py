@@ -20,7 +20,7 @@ from torch import nn
 from geoengine.training.planet_data import CODE_SIZE, Float32Array, Pictures
 from geoengine.training.towers import Tower
 
-Log = Callable[[dict[str, float | str]], None]
+Log = Callable[[dict[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,6 @@ def pretrain(
             elapsed = time.perf_counter() - started
             log(
                 {
-                    "stage": "pretrain",
                     "step": step + 1,
                     "photo_error": photo_error,
                     "tile_error": tile_error,
