@@ -192,6 +192,11 @@ class Calibration:
         """Whether it was fitted on photos."""
         return bool(self.encoders)
 
+    @property
+    def deepest(self) -> int | None:
+        """The deepest zoom of the tiles that it was fitted on; None where that was not kept."""
+        return max(self.means, default=None)
+
     def fit(self, *, centred: bool, evidence: Iterable[str] = ()) -> Fit:
         """Return the fit of a kind of search, or that without the evidence if only that is known.
 

@@ -30,7 +30,7 @@ from geoengine.engine.photos import Photo, read_photo
 from geoengine.engine.preprocess import to_square
 from geoengine.engine.regions import Region, RegionError
 from geoengine.engine.results import Level, Location, Scoring
-from geoengine.engine.scoring.answer import answer, nearest_radius
+from geoengine.engine.scoring.answer import answer, fitted_radius
 from geoengine.engine.scoring.density import Density, open_prior
 from geoengine.engine.scoring.evidence import TileEvidence
 from geoengine.engine.scoring.kinds import BEST_TILE, Method, Score
@@ -326,15 +326,12 @@ class GeoEngine:
     ) -> Location:
         manifest = self.bundle.manifest
         of_path = config.score is Score.path
-        fit = calibration.fit(centred=config.centred) if calibration.fitted else None
-        radius = None if fit is None else nearest_radius(fit, config.score or Score.paper, config.k)
         found = answer(
             levels,
             top=config.top,
             objective=config.objective,
             sharpness=1.0 if of_path else manifest.logit_scale[encoder_name(levels[-1].zoom)],
-            radius=radius,
-            calibrated=radius is not None and self._as_calibrated(config, radius, levels[-1]),
+            radius=self._fitted_radius(config, calibration, levels),
         )
         return Location(
             photo=photo.name,
@@ -375,8 +372,15 @@ class GeoEngine:
         prior = "" if config.prior is None else self._prior(config.prior).attribution
         return "; ".join(filter(None, (self.source.attribution, prior)))
 
-    def _as_calibrated(self, config: SearchConfig, radius: RadiusFit, last: Level) -> bool:
-        """Whether a search is of the kind whose radii were fitted."""
-        plain = config.quota is None and config.prior is None and config.objective == BEST_TILE
-        plain = plain and config.method is Method.tiles
-        return plain and config.k == radius.k and last.zoom == self.bundle.levels[-1]
+    def _fitted_radius(
+        self, config: SearchConfig, calibration: Calibration, levels: Sequence[Level]
+    ) -> RadiusFit | None:
+        """Return the radius that was fitted for searches of this kind; None where there is none."""
+        alone = config.quota is None and config.prior is None and config.method is Method.tiles
+        if not (calibration.fitted and alone and config.objective == BEST_TILE):
+            return None
+        deepest = calibration.deepest or self.bundle.levels[-1]
+        if levels[-1].zoom != deepest or any(level.late for level in levels):
+            return None
+        fit = calibration.fit(centred=config.centred)
+        return fitted_radius(fit, config.score or Score.paper, config.k)

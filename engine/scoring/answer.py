@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,12 +42,11 @@ def answer(
     objective: Objective,
     sharpness: float,
     radius: RadiusFit | None,
-    calibrated: bool,
 ) -> Answer:
     """Return the answer of a search from its levels, coarse to fine, at least one.
 
-    `sharpness` multiplies the last beam's scores in the softmax that gives candidates their shares; `radius`,
-    where it is known, has one of its own. It is said to be `calibrated` if it is of this kind of search.
+    `sharpness` multiplies the last beam's scores in the softmax that gives candidates their shares. `radius`
+    was fitted for searches of this kind and has a sharpness of its own; None makes the radius uncalibrated.
     """
     last = levels[-1]
     shares = softmax_shares(last, sharpness if radius is None else radius.sharpness)
@@ -83,15 +81,14 @@ def answer(
         candidates=candidates,
         radius_km=radii[STATED_SHARES.index(CALIBRATED_SHARE)],
         radius_share=CALIBRATED_SHARE,
-        radius_calibrated=calibrated,
+        radius_calibrated=True,
         radii_km=radii,
     )
 
 
-def nearest_radius(fit: Fit, score: Score, k: int) -> RadiusFit | None:
-    """Return the radius that was fitted for the beam width nearest to k, in octaves; None without any."""
-    radii = fit.radii.get(score, ())
-    return min(radii, key=lambda radius: abs(math.log2(radius.k / k)), default=None)
+def fitted_radius(fit: Fit, score: Score, k: int) -> RadiusFit | None:
+    """Return the radius that was fitted for a score and a beam width, None where there is none."""
+    return next((radius for radius in fit.radii.get(score, ()) if radius.k == k), None)
 
 
 def uncertainty_radius_km(
