@@ -200,7 +200,7 @@ def test_distances_on_the_ellipsoid_and_a_part_of_the_photos(world):
     [
         (["planet", "--count", 0], "at least one photo, got 0"),
         (["planet", "--k", 0], "k must be at least 1, got 0"),
-        (["planet", "--k", "1,1"], "each setting once, got tiles paper 1 twice"),
+        (["planet", "--k", "1,1"], "each setting once, got tiles path 1 twice"),
         (["planet", "--k", "1,x"], "beam widths are numbers such as --k 16,32,64, got 1,x"),
         (["planet", "--seed", -1], "seed must be 0 or more, got -1"),
         (["planet", "--seed", 1000], "seeds from 1000 on are for calibrate, got 1000"),
