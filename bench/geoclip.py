@@ -7,6 +7,7 @@ weights of CLIP do for timing. All figures are medians of interleaved rounds in 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.bench.encoders_cpu import machine
-from geoengine.engine.backends import BACKENDS, open_backend
+from geoengine.engine.backends import BACKENDS, Backend, open_backend
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, BundleError
 from geoengine.engine.geoclip import GeoClip
@@ -156,21 +158,25 @@ def _photo_figures(bundle: EngineBundle, rounds: int) -> dict[str, dict[str, flo
     picture = np.random.default_rng(0).integers(
         0, 256, (1, bundle.image_size, bundle.image_size, 3), np.uint8
     )
-    found: dict[str, dict[str, float]] = {}
-    for name in BACKENDS:
-        for variant in bundle.variants:
-            try:
+    with ExitStack() as stack:
+        opened: dict[tuple[str, str], Backend] = {}
+        for name, variant in itertools.product(BACKENDS, bundle.variants):
+            with suppress(BackendError):
                 backend = open_backend(bundle, backend=name, precision=variant)
-            except BackendError:
-                continue
-            try:
+                stack.callback(backend.close)
                 backend.encode(PHOTO, picture)  # loads the graphs
-                times = [_seconds(partial(backend.encode, PHOTO, picture)) for _ in range(rounds)]
-                seconds, peak = statistics.median(times), _peak_bytes(bundle, name, variant)
-                found[f"{name} {variant}"] = {"seconds": seconds, "peak_bytes": peak}
-            finally:
-                backend.close()
-    return found
+                opened[name, variant] = backend
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in opened}
+        for _ in range(rounds):
+            for key, backend in opened.items():
+                times[key].append(_seconds(partial(backend.encode, PHOTO, picture)))
+    return {
+        f"{name} {variant}": {
+            "seconds": statistics.median(own),
+            "peak_bytes": _peak_bytes(bundle, name, variant),
+        }
+        for (name, variant), own in times.items()
+    }
 
 
 def _peak_bytes(bundle: EngineBundle, backend: str, variant: str) -> int:
