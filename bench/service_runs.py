@@ -118,7 +118,9 @@ def load(
         before_cpu_s = service.figure("process_cpu_seconds_total")
         asked = _asked(service, iter(photos), search, clients)
         cpu_s = service.figure("process_cpu_seconds_total") - before_cpu_s
-        encoded = service.figure("geoengine_pictures_encoded")
+        encoded, shared, known = (
+            service.figure(f"geoengine_pictures_{what}") for what in ("encoded", "shared", "known")
+        )
         batches = service.figure("geoengine_batch_pictures_count")
     rate, bulk_rate = len(asked.latencies) / asked.seconds, len(photos) / bulk_s
     return {
@@ -132,7 +134,7 @@ def load(
         "bulk_cpu_s_per_photo": bulk_cpu_s / len(photos),
         **_spread(asked.latencies),
         "failed": asked.failed,
-        "pictures_encoded": encoded,
+        "pictures": {"encoded": encoded, "read_twice": shared, "known": known},
         "pictures_per_batch": encoded / max(1.0, batches),
     }
 
