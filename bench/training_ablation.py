@@ -46,7 +46,7 @@ from geoengine.training.negatives import tile_keys
 from geoengine.training.photos import Geometry, Int64Array, Photos, UInt8Array
 from geoengine.training.planet_photos import Planet
 from geoengine.training.processes import Processes
-from geoengine.training.recipe import RECIPES, Recipe
+from geoengine.training.recipe import RECIPES, Recipe, Schedule
 from geoengine.training.start import Start, start_from_folder
 from geoengine.training.towers import Head
 from geoengine.training.trainer import TrainConfig, Trainer
@@ -68,17 +68,27 @@ BUDGET = 6
 
 WITHIN_KM = 1.0
 
-_PAPER, _OURS = RECIPES["paper"], RECIPES["geoengine"]
-_PLAIN = replace(_OURS, batch=_PAPER.batch, siblings=0, neighbours=0)
+_PAPER = RECIPES["paper"]
+_RIDGE = 1e-3
+_FAST = replace(
+    _PAPER,
+    learning_rate=5e-4,
+    projection_rate=4.0,
+    weight_decay=0.02,
+    schedule=Schedule.cosine,
+    ridge=_RIDGE,
+    calibrate=True,
+)
+"""The rates that the planet's first trainer had."""
 
 VARIANTS: Mapping[str, Recipe] = {
     "paper": _PAPER,
-    "paper + projection start": replace(_PAPER, ridge=_OURS.ridge),
-    "our rates + projection start (B)": _PLAIN,
-    "B + siblings": replace(_PLAIN, siblings=1),
-    "B + neighbours": replace(_PLAIN, neighbours=1),
-    "B + smoothing": replace(_PLAIN, smoothing=0.25),
-    "B + siblings + neighbours": replace(_PLAIN, siblings=1, neighbours=1),
+    "paper + projection start": replace(_PAPER, ridge=_RIDGE),
+    "faster rates + projection start (B)": _FAST,
+    "B + siblings": replace(_FAST, siblings=1),
+    "B + neighbours": replace(_FAST, neighbours=1),
+    "B + smoothing": replace(_FAST, smoothing=0.25),
+    "B + siblings + neighbours": replace(_FAST, siblings=1, neighbours=1),
 }
 
 
@@ -301,7 +311,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/training"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--searched", nargs="*", default=["paper", "B + siblings + neighbours"])
+    parser.add_argument("--searched", nargs="*", default=["paper", "paper + projection start"])
     parser.add_argument("--photos", type=int, default=70, help="searched photos of each seed")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 16])
     options = parser.parse_args()

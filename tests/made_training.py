@@ -7,7 +7,6 @@ KILL_AT-th file that it would put in place.
 import os
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,24 @@ from geoengine.engine.sources import WORLD_BOUNDS, TileBatch
 from geoengine.engine.tiles import xy_at
 from geoengine.export.encoders import VisionConfig, save_encoder_folder
 from geoengine.training.processes import Processes
-from geoengine.training.recipe import RECIPES
+from geoengine.training.recipe import Recipe, Schedule
 from geoengine.training.start import start_from_folder
 from geoengine.training.trainer import TrainConfig, Trainer
 
 VISION = VisionConfig(image_size=16, patch_size=8, width=16, layers=3, heads=2, output_dim=12)
 SIDE = 16
-RECIPE = replace(
-    RECIPES["geoengine"], epochs=2, batch=8, validation_batch=8, learning_rate=2e-3, siblings=1, neighbours=1
+RECIPE = Recipe(
+    epochs=2,
+    batch=8,
+    validation_batch=8,
+    learning_rate=2e-3,
+    projection_rate=4.0,
+    weight_decay=0.02,
+    schedule=Schedule.cosine,
+    siblings=1,
+    neighbours=1,
+    ridge=1e-3,
+    calibrate=True,
 )
 
 
