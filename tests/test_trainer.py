@@ -126,6 +126,13 @@ def test_the_papers_recipe_keeps_the_temperature_that_it_learned(folder):
     assert math.exp(float(kept)) == pytest.approx(learned[-1], rel=1e-4)
 
 
+def test_a_temperature_that_begins_at_clips_bound_learns_and_never_exceeds_it(folder):
+    recipe = Recipe(epochs=1, batch=16, scale=100.0, learning_rate=1e-2)
+    trainer(folder, "bound", recipe=recipe).run()
+    learned = [float(row["scale"]) for row in log(folder / "bound") if row["scale"]]
+    assert learned[-1] < 99 and max(learned) <= 100.001
+
+
 # --- the same weights, however they are computed ------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from geoengine.engine.tiles import LngLat, Tile, descendants_xy, parent, xy_at
 from geoengine.export.encoders import VisionConfig
 from geoengine.training.contrastive import (
     Batch,
+    bound_scale,
     calibrate_scale,
     compute_gradients,
     contrastive_loss,
@@ -96,12 +97,15 @@ def test_two_photos_of_one_tile_are_not_each_others_negatives():
     assert float(loss) == 0
 
 
-def test_the_temperature_is_bounded_as_in_clip():
+def test_the_temperature_is_bounded_as_in_clip_and_comes_back_from_its_bound():
+    """CLIP's own weights begin at the bound, where a bound in the loss would leave no gradient."""
     photos, tiles = F.normalize(torch.randn(4, 12), dim=1), F.normalize(torch.randn(6, 12), dim=1)
-    target = torch.arange(4)
-    assert contrastive_loss(photos, tiles, target, torch.tensor(9.0)) == contrastive_loss(
-        photos, tiles, target, torch.tensor(math.log(100.0))
-    )
+    scale = torch.nn.Parameter(torch.tensor(9.0))
+    bound_scale(scale)
+    assert math.exp(float(scale.detach())) == pytest.approx(100.0, rel=1e-5)
+    loss = contrastive_loss(photos, tiles, torch.arange(4), scale)
+    torch.autograd.backward(loss)
+    assert scale.grad is not None and abs(float(scale.grad)) > 0.1
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])

@@ -29,9 +29,9 @@ def contrastive_loss(
 
     `photos` float[b, d] and `tiles` float[t, d] are unit rows; `target` is int64[b], the column of each
     photo's own tile, or float[b, t], a distribution over the tiles. The tiles are distinct, so two photos in
-    one tile are not each other's negatives. The scale is bounded as in CLIP.
+    one tile are not each other's negatives.
     """
-    logits = log_scale.exp().clamp(max=MAX_SCALE) * (photos @ tiles.T)
+    logits = log_scale.exp() * (photos @ tiles.T)
     return F.cross_entropy(logits, target)
 
 
@@ -99,6 +99,15 @@ def compute_gradients(
         torch.autograd.backward(outputs, own.grad[part.start - share.start : part.stop - share.start])
     processes.sum_gradients(head.parameters())
     return float(loss.detach())
+
+
+def bound_scale(log_scale: nn.Parameter) -> None:
+    """Take a learned temperature back to CLIP's bound after a step.
+
+    A bound in the loss would leave a temperature that is on it without a gradient: it would never come back.
+    CLIP's own weights begin there.
+    """
+    log_scale.data.clamp_(max=math.log(MAX_SCALE))
 
 
 def fit_projection(features: torch.Tensor, photos: torch.Tensor, ridge: float) -> torch.Tensor:

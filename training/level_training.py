@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from geoengine.engine.readahead import ReadAhead
-from geoengine.training.contrastive import Batch, compute_gradients, fit_projection, smoothed_target
+from geoengine.training.contrastive import (
+    Batch,
+    bound_scale,
+    compute_gradients,
+    fit_projection,
+    smoothed_target,
+)
 from geoengine.training.errors import TrainingError
 from geoengine.training.features import PhotoFeatures, TileFeatures
 from geoengine.training.levels import Int64Array, LevelPairs
@@ -178,6 +184,7 @@ class LevelTraining:
                 "another folder with a smaller --lr, or with --precision fp32"
             )
         self._optimizer.step()
+        bound_scale(self._log_scale)
         self.step += 1
         self._losses += loss
         self._counted += 1
