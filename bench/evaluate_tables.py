@@ -287,7 +287,8 @@ def _seconds(seconds: float | None) -> str:
     if seconds is None or seconds != seconds:
         return "–"
     if seconds >= 60:
-        return f"{seconds // 60:.0f}'{seconds % 60:02.0f}\""
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes}'{rest:02}\""
     return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1000:.1f} ms"
 
 

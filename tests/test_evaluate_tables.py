@@ -192,6 +192,13 @@ def test_table_3_has_the_methods_that_were_run():
     assert not any("not run" in note for note in sheet.notes)
 
 
+def test_minutes_are_full_before_seconds_reach_60():
+    report = made_report()
+    slow = replace(report.results[0], seconds_per_photo=119.7)
+    text = markdown(replace(report, results=(slow, *report.results[1:])))
+    assert "2'00\"" in text and "'60\"" not in text
+
+
 def test_a_terminal_gets_the_same_figures():
     page = io.StringIO()
     text = terminal_text(made_report(), page)
