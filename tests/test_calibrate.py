@@ -350,6 +350,26 @@ def test_a_calibrated_bundle_searches_by_path_and_knows_its_radii(engine, folder
             location.radius_for(0.33)
 
 
+def test_radii_are_of_the_levels_that_were_calibrated(tmp_path):
+    """A search that leaves out a level between has other beams than those that the radii were fitted to."""
+    bundle = write_tiny_bundle(tmp_path / "three", levels=(1, 2, 3))
+    with GeoEngine.open(bundle, NoiseTiles(), threads=1, row_cache=tmp_path / "rows") as engine:
+        calibrate(engine, known_photos(engine, 60), ks=(4,)).write(bundle)
+    with GeoEngine.open(bundle, NoiseTiles(), threads=1) as engine:
+        for levels in ((1, 2, 3), (1, 3), (1, 2)):
+            (location,) = engine.locate([photo(1)], config=SearchConfig(k=4, levels=levels))
+            assert location.radius_calibrated == (levels == (1, 2, 3))
+
+
+def test_an_engine_with_an_index_is_refused(engine):
+    class Known:
+        index = object()
+
+    engine.known = Known()
+    with pytest.raises(GeoEngineError, match="without a tile index"):
+        calibrate(engine, known_photos(engine, 50), ks=(1,))
+
+
 def test_the_means_are_those_of_the_tiles_that_were_met(engine):
     made = calibrate(engine, known_photos(engine, 60), ks=(1,))
     (batch,) = engine.source.read(1, np.array([(0, 0), (0, 1), (1, 0), (1, 1)]))

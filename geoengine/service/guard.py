@@ -123,8 +123,8 @@ class Guard:
             )
 
     def _own(self, origin: str, host: str) -> bool:
-        parts = urlsplit(origin) if "://" in origin else urlsplit("")
-        return bool(parts.netloc) and (parts.netloc == host or _hostname(origin) in self._hosts)
+        hostname = _hostname(origin) if "://" in origin else ""
+        return bool(hostname) and (urlsplit(origin).netloc == host or hostname in self._hosts)
 
 
 async def refuse(problem: Problem, visit: str, send: Send) -> None:

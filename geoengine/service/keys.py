@@ -33,9 +33,11 @@ def new_key(file: Path, name: str) -> str:
     key_id, secret, salt = secrets.token_hex(4), secrets.token_urlsafe(32), secrets.token_hex(16)
     line = f"{name}:{key_id}:{salt}:{_hashed(secret, salt)}\n"
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with open(descriptor, "a", encoding="ascii") as stream:
-            stream.write(line)
+        descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(descriptor, "ab+") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+            unended = stream.read(1) not in (b"", b"\n")  # an editor may have left the last line so
+            stream.write((b"\n" if unended else b"") + line.encode("ascii"))
     except OSError as error:
         raise GeoEngineError(f"{file}: the key cannot be kept ({error.strerror or error})") from None
     return f"geoengine_{key_id}_{secret}"

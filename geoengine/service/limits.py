@@ -34,25 +34,6 @@ class Rate:
             raise later(429, "too many requests: slow down, and try again later", (1 - tokens) / self._per_s)
 
 
-class Place:
-    """One request's place: it holds room in the queue, and `turn` waits until it may search."""
-
-    def __init__(self, admission: Admission, client: str) -> None:
-        self._admission, self._client = admission, client
-
-    @asynccontextmanager
-    async def turn(self, timeout_s: float, moved: Callable[[int], None]) -> AsyncIterator[None]:
-        """Wait for the request's turn; `moved` hears of how many are before it, whenever that changes.
-
-        Raises a 503 problem when it does not come in time.
-        """
-        await self._admission.wait(self._client, timeout_s, moved)
-        try:
-            yield
-        finally:
-            self._admission.done()
-
-
 class Admission:
     """Lets `searching` requests search at once, all clients in turn, and `waiting` more wait.
 
@@ -78,7 +59,7 @@ class Admission:
         return sum(len(queue) for queue in self._queues.values())
 
     @asynccontextmanager
-    async def place(self, client: str) -> AsyncIterator[Place]:
+    async def place(self, client: str) -> AsyncIterator[None]:
         """Hold a place in the queue; a problem (503) when it is full, or (429) full of the client's own."""
         if self.held >= self._room:
             raise later(503, "the service is busy: try again later", self._wait_s())
@@ -86,7 +67,7 @@ class Admission:
             raise later(429, "you have too many requests under way: wait for them first", self._wait_s())
         self._held[client] = self._held.get(client, 0) + 1
         try:
-            yield Place(self, client)
+            yield
         finally:
             self._held[client] -= 1
             if not self._held[client]:
@@ -97,7 +78,10 @@ class Admission:
         self.mean_s += 0.1 * (seconds - self.mean_s)
 
     async def wait(self, client: str, timeout_s: float, moved: Callable[[int], None]) -> None:
-        """Wait for a turn; see `Place.turn`."""
+        """Wait for a turn, which `done` ends; `moved` hears of how many come before, whenever that changes.
+
+        Raises a 503 problem when it does not come in time.
+        """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (turn, moved)
         self._queues.setdefault(client, deque()).append(entry)

@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from geoengine.engine.shared_search import SharedSearch
 from geoengine.engine.sources import TileSource
 from geoengine.engine.sources.nothing import NoTiles
 from geoengine.engine.tiles import LEVELS, Tile
-from geoengine.service.coarse import coarse_level, coarse_location, deepest_zoom
+from geoengine.service.coarse import CoarseRegion, coarse_level, coarse_location, deepest_zoom
 from geoengine.service.limits import Admission
 from geoengine.service.metrics import Metrics
 from geoengine.service.parameters import Offer, Parameters, check_work
@@ -147,7 +148,9 @@ class Locator:
         """Read a photo and keep what the encoder sees; raises GeoEngineError for what cannot be done."""
 
         def work() -> tuple[Photo, SearchConfig]:
-            config = parameters.config(self.offer)
+            config, km = parameters.config(self.offer), self.settings.min_precision_km
+            if config.within is not None and km is not None:
+                config = replace(config, within=CoarseRegion(config.within, km))
             self.engine.check_region(config.within)
             check_work(config, self.engine.source, self.settings.max_tiles)
             start = time.perf_counter()
@@ -246,8 +249,9 @@ class Locator:
             tile = Tile(z, x, y)
         except TileError as error:
             raise Problem(404, str(error)) from None
-        if not source.min_zoom <= z <= min(source.max_zoom, self.deepest):
-            raise Problem(404, f"tiles are shown from zoom {source.min_zoom} to {self.deepest} here")
+        deepest = min(source.max_zoom, self.deepest)
+        if not source.min_zoom <= z <= deepest:
+            raise Problem(404, f"tiles are shown from zoom {source.min_zoom} to {deepest} here")
         reading = asyncio.get_running_loop().run_in_executor(self._tile_readers, self._read_tile, tile)
         try:
             async with asyncio.timeout(_TILE_S):
