@@ -257,6 +257,18 @@ def test_poor_coverage_is_said(server, open_page):
     expect(page.locator("#radius-meaning")).to_contain_text("The radius is calibrated")
 
 
+def test_without_levels_nothing_is_said_of_tiles(server, open_page):
+    _, result = made_search(PLACE)
+    server.answer = told([], result | {"levels": [], "scoring": {"method": "geoclip", "score": "gallery"}})
+    page = open_page(server.address)
+    choose(page)
+    expect(page.locator("#radius")).to_have_text(
+        "Radius: 3.3 km. GeoCLIP’s list of places was compared, and no map tile."
+    )
+    expect(page.locator("#radius-meaning")).to_contain_text("of what GeoCLIP takes for likely")
+    expect(rows(page)).to_have_count(0)
+
+
 # --- what can go wrong -------------------------------------------------------------------------------------
 
 

@@ -14,13 +14,16 @@ export function element(kind, attributes = {}, ...children) {
 
 export function showBest(result) {
   byId("point").textContent = degrees(result.latitude, result.longitude);
-  byId("radius").textContent = `Radius: ${km(result.radius_km)}. Zooms ${zooms(result)}, ${count(compared(result), "tile")} compared.`;
+  byId("radius").textContent = `Radius: ${km(result.radius_km)}. ${searched(result)}`;
   byId("warnings").replaceChildren(...warnings(result).map((text) => element("li", {}, text)));
   const share = percent(result.radius_share);
   byId("radius-meaning").textContent = result.radius_calibrated
     ? `The radius is calibrated: of the photos that these encoders were tried on, ${share} lay within theirs.`
-    : `The radius holds ${share} of what the last level kept. It is not calibrated: if an early level dropped the true ` +
-      "place, the answer is far off and the radius does not show it.";
+    : result.levels.length
+      ? `The radius holds ${share} of what the last level kept. It is not calibrated: if an early level dropped the true ` +
+        "place, the answer is far off and the radius does not show it."
+      : `The radius holds ${share} of what GeoCLIP takes for likely. It is not calibrated: the true place may be far off, ` +
+        "and the radius does not show it.";
 }
 
 export function showCandidates(result, chosen, choose) {
@@ -65,11 +68,11 @@ export function levelSentence(level, number, levels) {
     `${level.beam.length} kept.${lacking}`;
 }
 
-const compared = (result) => result.levels.reduce((sum, level) => sum + level.candidates, 0);
-
-function zooms(result) {
-  const all = result.levels.map((level) => level.zoom);
-  return all.length ? `${all[0]} to ${all.at(-1)}` : "none";
+// GeoCLIP alone searches no map: its results have no levels.
+function searched({ levels }) {
+  if (!levels.length) return "GeoCLIP’s list of places was compared, and no map tile.";
+  const tiles = levels.reduce((sum, level) => sum + level.candidates, 0);
+  return `Zooms ${levels[0].zoom} to ${levels.at(-1).zoom}, ${count(tiles, "tile")} compared.`;
 }
 
 function warnings(result) {
