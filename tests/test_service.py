@@ -243,6 +243,7 @@ def test_pages_of_other_sites_are_refused(service, photo):
         {"Sec-Fetch-Site": "same-site"},
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://["},
         {"Host": "evil.example"},
         {"Host": "127.0.0.1.evil.example"},
     ):
