@@ -16,13 +16,24 @@ from geoengine.engine.errors import (
     SourceError,
 )
 from geoengine.engine.regions import RegionError, parse_given_region
+from geoengine.engine.regions.box import Box
 from geoengine.engine.results import Candidate, Level, Location, ScoredTile
 from geoengine.engine.scoring.kinds import Method
 from geoengine.engine.search import SearchConfig
 from geoengine.engine.shared_search import SearchEndedError
 from geoengine.engine.sources.planet import PlanetSource
-from geoengine.engine.tiles import LngLat, Tile, center, great_circle_km, half_diagonal_km, parent, tile_at
-from geoengine.service.coarse import coarse_location, coarse_tile, deepest_zoom
+from geoengine.engine.tiles import (
+    LngLat,
+    LngLatBbox,
+    Tile,
+    bounds,
+    center,
+    great_circle_km,
+    half_diagonal_km,
+    parent,
+    tile_at,
+)
+from geoengine.service.coarse import CoarseRegion, coarse_location, coarse_tile, deepest_zoom
 from geoengine.service.keys import Keys, new_key
 from geoengine.service.limits import Admission, Rate
 from geoengine.service.parameters import Offer, Parameters, check_work
@@ -151,7 +162,7 @@ def test_keys_are_kept_as_hashes_and_known_again(tmp_path):
     file = tmp_path / "keys"
     key = new_key(file, "desk")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert key not in file.read_text() and key.rsplit("_", 1)[1] not in file.read_text()
+    assert key not in file.read_text() and key.split("_", 2)[2] not in file.read_text()
     keys = Keys(file)
     assert keys.owner(key) == "desk"
     for wrong in ("", key[:-1], key + "x", key.replace("geoengine", "geoengin"), key[:-1] + "é", "desk"):
@@ -162,6 +173,9 @@ def test_keys_are_kept_as_hashes_and_known_again(tmp_path):
         new_key(file, "desk")
     with pytest.raises(GeoEngineError, match="cannot be the name"):
         new_key(file, "a:b")
+    file.write_text(file.read_text().rstrip("\n"))  # as an editor may leave it
+    third = new_key(file, "third")
+    assert [keys.owner(one) for one in (key, other, third)] == ["desk", "archive", "third"]
     file.write_text("# nobody\n\nnonsense\n")
     assert keys.owner(key) is None, "a file that cannot be read lets nobody in"
     with pytest.raises(GeoEngineError, match="line 3 is no key"):
@@ -198,8 +212,9 @@ def test_a_coarse_result_tells_nothing_finer():
     beam = tuple(ScoredTile(tile=tile, score=1 - n / 20) for n, tile in enumerate(tiles))
     level = Level(zoom=16, candidates=12, missing=0, beam=beam, ancestors=beam[:2])
     location = Location(
-        photo="photo", world="earth", point=places[3], score=1.0, radius_km=0.3, radii_km=(0.1, 90.0),
-        candidates=candidates, levels=(level,), k=12, tiles="", attribution="", model="", seconds=1.0,
+        photo="photo", world="earth", point=candidates[0].point, score=1.0, radius_km=0.3, seconds=1.0,
+        candidates=candidates, levels=(level,), k=12, tiles="", attribution="", model="",
+        radii_km=(0.1, 90.0),
     )  # fmt: skip
     coarse = coarse_location(location, km)
     shown = [*(c.tile for c in coarse.candidates), *(s.tile for c in coarse.candidates for s in c.path)]
@@ -209,12 +224,40 @@ def test_a_coarse_result_tells_nothing_finer():
     assert [c.rank for c in coarse.candidates] == list(range(1, len(coarse.candidates) + 1))
     assert sum(c.share for c in coarse.candidates) == pytest.approx(1)
     assert all(c.point == center(c.tile) for c in coarse.candidates)
-    assert coarse.radius_km >= km and min(coarse.radii_km) >= km and coarse.radii_km[1] == 90.0
-    assert coarse.point != places[3] and great_circle_km(coarse.point, places[3]) < 60
-    near = LngLat(places[3].lng + 1e-5, places[3].lat)
-    from dataclasses import replace
+    step = half_diagonal_km(coarse.candidates[0].tile)
+    assert coarse.point == coarse.candidates[0].point and coarse.point != location.point
+    for told, radius in zip((coarse.radius_km, *coarse.radii_km), (0.3, 0.1, 90.0), strict=True):
+        assert told >= radius + great_circle_km(coarse.point, location.point)
+        assert told / step == pytest.approx(round(told / step)), "it tells no distance of finer tiles"
 
-    assert coarse_location(replace(location, point=near), km).point == coarse.point
+
+def test_an_answer_that_is_coarse_already_keeps_its_place():
+    tile, km = Tile(4, 8, 5), 10.0
+    only = Candidate(
+        rank=1, tile=tile, point=center(tile), score=1.0, share=1.0, path=(ScoredTile(tile=tile, score=1.0),)
+    )
+    location = Location(
+        photo="photo", world="earth", point=only.point, score=1.0, radius_km=half_diagonal_km(tile),
+        candidates=(only,), levels=(), k=1, tiles="", attribution="", model="", seconds=1.0,
+    )  # fmt: skip
+    coarse = coarse_location(location, km)
+    assert coarse.candidates == (only,)
+    assert coarse.point == only.point and coarse.radius_km == pytest.approx(location.radius_km)
+
+
+@pytest.mark.parametrize("z", [4, 7, 9, 14])
+def test_a_region_does_not_tell_where_in_a_coarse_tile_something_is(z):
+    km, place = 25.0, LngLat(10.3, 60.2)
+    tile = coarse_tile(tile_at(place, 16), km)
+    corner = bounds(tile)
+    small = Box(LngLatBbox(corner.west + 1e-4, corner.south + 1e-4, corner.west + 2e-4, corner.south + 2e-4))
+    region = CoarseRegion(small, km)
+    inside = tile_at(place, z)
+    assert region.intersects(z, np.array([inside[1:], (0, 0)])).tolist() == [True, False]
+    xy = region.tiles(z)
+    assert len(xy) == 4 ** max(0, z - tile.z) and inside[1:] in [tuple(each) for each in xy.tolist()]
+    assert region.intersects(z, xy).all() and (np.unique(xy, axis=0) == xy).all()
+    assert (region.name, region.of_earth) == (small.name, False)
 
 
 # --- work --------------------------------------------------------------------------------------------------
