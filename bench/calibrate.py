@@ -67,8 +67,13 @@ def calibrate(
     them together with it. Radii are fitted to searches of each width of `ks` and each score. Centred
     cosines need an engine that keeps the rows of its searches, and are left out where it does not.
 
-    Raises GeoEngineError for less than `LEAST_PHOTOS` photos, and when hardly any of their places has tiles.
+    Raises GeoEngineError for less than `LEAST_PHOTOS` photos, when hardly any of their places has tiles, and
+    for an engine with a tile index, whose levels are scored by another softmax than those of a beam.
     """
+    if engine.known is not None and engine.known.index is not None:
+        raise GeoEngineError(
+            "a calibration is fitted to searches without a tile index: open the engine without one"
+        )
     if len(photos.places) < LEAST_PHOTOS:
         raise GeoEngineError(
             f"a calibration needs at least {LEAST_PHOTOS} photos with known places, got {len(photos.places)}"

@@ -193,9 +193,9 @@ class Calibration:
         return bool(self.encoders)
 
     @property
-    def deepest(self) -> int | None:
-        """The deepest zoom of the tiles that it was fitted on; None where that was not kept."""
-        return max(self.means, default=None)
+    def zooms(self) -> tuple[int, ...]:
+        """The zooms of the tiles that it was fitted on, in order; none where that was not kept."""
+        return tuple(sorted(self.means))
 
     def fit(self, *, centred: bool, evidence: Iterable[str] = ()) -> Fit:
         """Return the fit of a kind of search, or that without the evidence if only that is known.

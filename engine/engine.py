@@ -379,8 +379,8 @@ class GeoEngine:
         alone = config.quota is None and config.prior is None and config.method is Method.tiles
         if not (calibration.fitted and alone and config.objective == BEST_TILE):
             return None
-        deepest = calibration.deepest or self.bundle.levels[-1]
-        if levels[-1].zoom != deepest or any(level.late for level in levels):
+        zooms = calibration.zooms or self.bundle.levels
+        if tuple(level.zoom for level in levels) != zooms or any(level.late for level in levels):
             return None
         fit = calibration.fit(centred=config.centred)
         return fitted_radius(fit, config.score or Score.paper, config.k)
