@@ -14,7 +14,7 @@ from made_training import VISION, write_start
 
 from geoengine.engine.photo_sets import PhotoSetError
 from geoengine.engine.tiles import LngLat, Tile, descendants_xy, parent, xy_at
-from geoengine.export.encoders import VisionConfig
+from geoengine.export.encoders import VisionConfig, load_encoder_folder
 from geoengine.training.contrastive import (
     Batch,
     bound_scale,
@@ -25,6 +25,7 @@ from geoengine.training.contrastive import (
     smoothed_target,
 )
 from geoengine.training.errors import TrainingError
+from geoengine.training.features import CachedPhotos, Frozen
 from geoengine.training.negatives import drawn, neighbours, pools, siblings, tile_keys, tiles_of_keys
 from geoengine.training.photos import Geometry, Shards
 from geoengine.training.processes import Processes, choose_precision
@@ -285,6 +286,16 @@ def test_shards_give_the_photos_their_places_and_the_encoders_square(tmp_path):
     assert positions.tolist() == [0, 1] and pixels.shape == (2, 16, 16, 3)
     [(_, again)] = shards.split("train").read(np.array([2]))
     np.testing.assert_array_equal(again[0], pixels[1])
+
+
+def test_kept_embeddings_are_of_one_way_to_make_photos_square(tmp_path):
+    data, towers = prepared(tmp_path / "data"), load_encoder_folder(write_start(tmp_path / "start")).towers
+    alike = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "digest": "d" * 64, "device": torch.device("cpu")}
+    frozen = Frozen(tower=towers["photo"], trunk_layers=1, precision="fp32", **alike)
+    for mode in ("shortest", "squash"):
+        photos = Shards(data, Geometry(frozen.side, mode)).split("valid")
+        CachedPhotos(frozen, photos, tmp_path, ALONE, lambda what, done, total: None).prepare()
+    assert len(list((tmp_path / "photos").iterdir())) == 2
 
 
 def test_shards_without_coordinates_and_folders_without_shards_are_refused(tmp_path):

@@ -114,7 +114,7 @@ class ShardPhotos:
 
     def __init__(self, folder: Path, geometry: Geometry, workers: int) -> None:
         photo_set = open_photo_set(folder, need_place=True)
-        self.identity = f"{photo_set.identity}-{geometry.size}-{geometry.resize_mode}"
+        self.identity = f"{geometry.size}-{geometry.resize_mode}-{photo_set.identity}"
         self._geometry, self._workers = geometry, workers
         self._files: list[Path] = []
         keys, places, spots = [], [], []
