@@ -90,23 +90,32 @@ def served(monkeypatch, **settings):
     monkeypatch.setattr(GeoEngine, "open", open_engine)
     monkeypatch.setattr(locator_module.Locator, "__init__", noted)
     app = create_app(Settings(**{"rate_per_minute": 0, "rows_mb": 16} | settings), end=ended.append)
+    with listening(app) as url:
+        running = Served(url, made[0], ended, locators[0])
+        try:
+            yield running
+        finally:
+            running.backend.go_on.set()
+            running.client.close()
+
+
+@contextlib.contextmanager
+def listening(app):
+    """Run an ASGI application in a thread, on a free port; yields its address."""
     server = uvicorn.Server(server_config(app))
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    port = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
     thread.start()
-    end = time.monotonic() + LATEST_S
-    while not server.started:
-        assert thread.is_alive() and time.monotonic() < end, "the service does not start"
-        time.sleep(0.01)
-    running = Served(f"http://127.0.0.1:{listening.getsockname()[1]}", made[0], ended, locators[0])
     try:
-        yield running
+        end = time.monotonic() + LATEST_S
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < end, "the service does not start"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port.getsockname()[1]}"
     finally:
-        running.backend.go_on.set()
-        running.client.close()
         server.should_exit = True
         thread.join(LATEST_S)
-        listening.close()
+        port.close()
         assert not thread.is_alive()
 
 

@@ -385,7 +385,8 @@ def test_the_weights_of_fusion_are_fitted(both, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["alone", "both"])
 def test_a_service_without_tiles_asks_geoclip(kind, request):
     """Whether it has map encoders or not; what it offers says so."""
-    from starlette.testclient import TestClient
+    import httpx
+    from served import listening
 
     from geoengine.service.app import create_app
     from geoengine.service.settings import Settings
@@ -394,7 +395,7 @@ def test_a_service_without_tiles_asks_geoclip(kind, request):
     file = io.BytesIO()
     Image.fromarray(photos(1)[0].pixels).save(file, "PNG")
     app = create_app(Settings(bundle=str(folder), backend="onnxruntime-cpu", threads=1))
-    with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5000)) as client:
+    with listening(app) as url, httpx.Client(base_url=url, timeout=20) as client:
         about = client.get("/v1/about").json()
         assert (about["choices"]["method"], about["defaults"]["method"]) == (["geoclip"], "geoclip")
         assert about["tiles"]["reason"] == "there are no map tiles here"

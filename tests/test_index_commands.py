@@ -44,7 +44,10 @@ def test_a_photo_is_located_with_an_index(index, tmp_path):
     assert [level["known"] for level in indexed["levels"]] == [256, 0]
     for one, other in zip(plain["levels"], indexed["levels"], strict=True):
         np.testing.assert_allclose(
-            [tile["score"] for tile in one["beam"]], [tile["score"] for tile in other["beam"]], atol=2e-3
+            # Half precision, and cosines are divided by a temperature.
+            [tile["score"] for tile in one["beam"]],
+            [tile["score"] for tile in other["beam"]],
+            atol=0.02,
         )
     text = run(*arguments[:-2], photo, "--index", index).stdout
     assert "all tiles of zoom 4 were scored from the index" in text
