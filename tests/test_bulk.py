@@ -432,6 +432,23 @@ def test_a_job_that_came_to_nothing_is_in_nobodys_way(command, tmp_path, monkeyp
     assert len(list(out.glob("part-*.csv"))) == 4
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_names_of_files_may_be_any_bytes(command, photos, tmp_path, suffix):
+    os.rename(photos / "0.png", os.fsencode(photos) + b"/caf\xe9.png")
+    out = tmp_path / f"out.{suffix}"
+    assert run(*command, "--out", out).exit_code == 1
+    if suffix == "parquet":
+        import pyarrow.parquet
+
+        names = pyarrow.parquet.read_table(out)["photo"].to_pylist()
+    else:
+        text = out.read_text(encoding="utf-8")
+        rows = map(json.loads, text.splitlines()) if suffix == "jsonl" else csv.DictReader(io.StringIO(text))
+        names = [row["photo"] for row in rows]
+    assert [name for name in names if name.endswith(r"/caf\udce9.png")] and len(names) == PHOTOS - 1
+
+
 def test_other_photos_and_formats_are_refused(command, photos, tmp_path):
     out = tmp_path / "results"
     run(*command, "--out", out)

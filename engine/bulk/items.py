@@ -48,5 +48,8 @@ class Items:
             by_path = isinstance(photos, FileSet | FolderSet)
             before = "" if by_path or len(self._sets) == 1 else f"{photos.name}/"
             for entry in photos:
-                yield Item(str(entry.file) if by_path else f"{before}{entry.key}", position, entry)
+                name = str(entry.file) if by_path else f"{before}{entry.key}"
+                # Names of files may be any bytes, and those of results are UTF-8.
+                name = name.encode("utf-8", "backslashreplace").decode()
+                yield Item(name, position, entry)
                 position += 1
