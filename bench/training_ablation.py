@@ -116,6 +116,9 @@ class _Part:
         self.identity = photos.identity
         self.keys, self.lng, self.lat = photos.keys[rows], photos.lng[rows], photos.lat[rows]
 
+    def called(self, row: int) -> str:
+        return self._photos.called(int(self._rows[row]))
+
     def read(self, rows: Int64Array) -> Iterator[tuple[Int64Array, UInt8Array]]:
         return self._photos.read(self._rows[rows])
 

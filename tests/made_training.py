@@ -81,6 +81,9 @@ class Photos:
         self.lng, self.lat = rng.uniform(-170, 170, count), rng.uniform(-60, 60, count)
         self.identity, self.unreadable = f"made-{count}-{seed}", unreadable
 
+    def called(self, row):
+        return f"photo {row}"
+
     def read(self, rows):
         for start in range(0, len(rows), 5):
             part = rows[start : start + 5]

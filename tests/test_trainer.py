@@ -246,7 +246,9 @@ def test_photos_that_cannot_be_read_and_tiles_that_do_not_exist_are_left_out_and
 
     photos, said = Photos(40, 1, unreadable=(3, 5)), []
     trainer(tmp_path, "run", data=Data(train=photos), tiles=Tiles(missing=east), said=said).run()
-    assert "train: 40 photos, 2 of which cannot be read and are left out" in said
+    listed = tmp_path / "run" / "unreadable-train.txt"
+    assert f"train: 40 photos, 2 of which cannot be read and are left out: see {listed}" in said
+    assert listed.read_text() == "photo 3\nphoto 5\n"
     there = (photos.lng < 90) & ~np.isin(np.arange(40), (3, 5))
     lacking = 38 - int(there.sum()) + int((Photos(12, 2).lng >= 90).sum())
     rows = [row for row in log(tmp_path / "run") if row["recall_1"]]

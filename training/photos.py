@@ -51,6 +51,10 @@ class Photos(Protocol):
         """A name of the split and of the pictures' geometry."""
         ...
 
+    def called(self, row: int) -> str:
+        """Return what people are told of a photo."""
+        ...
+
     def read(self, rows: Int64Array) -> Iterator[tuple[Int64Array, UInt8Array]]:
         """Yield (positions in `rows`, int64[n]; pixels uint8[n, S, S, 3]), S the encoder's side, in order.
 
@@ -131,6 +135,11 @@ class ShardPhotos:
         if len(np.unique(self.keys)) < len(self.keys):
             raise TrainingError(f"{folder} holds two samples of one key; prepare the shards again")
 
+    def called(self, row: int) -> str:
+        """Return the tar and the number of the sample in it."""
+        file, _, _, number = self._spots[row].tolist()
+        return f"{self._files[file]}, sample {number}"
+
     def read(self, rows: Int64Array) -> Iterator[tuple[Int64Array, UInt8Array]]:
         """Yield (positions, pixels) of the rows, in order; decoding runs on threads."""
         with ThreadPoolExecutor(self._workers) as pool:
@@ -146,7 +155,7 @@ class ShardPhotos:
         file, offset, size, number = self._spots[row].tolist()
         entry = PhotoEntry(key=str(number), row=number, file=self._files[file], offset=offset, size=size)
         try:
-            photo = read_photo(entry.read(), name=f"{entry.file}, sample {number}")
+            photo = read_photo(entry.read(), name=self.called(row))
         except PhotoError:
             return None
         return to_square(photo.pixels, self._geometry.size, self._geometry.resize_mode)

@@ -42,6 +42,10 @@ class PlanetPhotos:
         """Latitudes of the cells' centres in degrees."""
         return np.asarray(centers(16, self.xy)[:, 1])
 
+    def called(self, row: int) -> str:
+        """Return the photo's number."""
+        return f"planet photo {row + 1}"
+
     def read(self, rows: Int64Array) -> Iterator[tuple[Int64Array, UInt8Array]]:
         """Yield (positions, pixels) of the rows, in order."""
         for start in range(0, len(rows), _CHUNK):

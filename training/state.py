@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,13 @@ class RunFolder:
             temporary.replace(file)
         except OSError as error:
             raise disk_error(file, error) from None
+
+    def write_list(self, name: str, lines: Sequence[str]) -> Path:
+        """Write `<name>.txt`, one line each; returns its path."""
+        file = self.path / f"{name}.txt"
+        if self._writes:
+            _write(file, "".join(f"{line}\n" for line in lines).encode())
+        return file
 
     def log(self, entry: Entry) -> None:
         """Add a line to the log; numbers keep six significant digits."""

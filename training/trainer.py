@@ -276,8 +276,13 @@ class Trainer:
         photos = self._photos[name]
         embeddings = self._photo_features(photos)
         readable = embeddings.prepare()
-        unreadable = len(readable) - int(readable.sum())
-        lost = f", {unreadable:,} of which cannot be read and are left out" if unreadable else ""
+        unreadable = np.flatnonzero(~readable).tolist()
+        lost = ""
+        if unreadable:
+            listed = self._setting.folder.write_list(
+                f"unreadable-{name}", [photos.called(row) for row in unreadable]
+            )
+            lost = f", {len(unreadable):,} of which cannot be read and are left out: see {listed}"
         self._say(f"{name}: {len(readable):,} photos{lost}")
         if not readable.any():
             raise TrainingError(f"none of the {len(readable)} photos of the split {name} can be read")
