@@ -8,7 +8,7 @@ between `<!-- name -->` and `<!-- /name -->` is replaced; a test checks that it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,18 @@ def render(text: str, results: Path = RESULTS) -> str:
         "headline": headline(planet),
         "cpu": cpu_table(encoders["rows"]),
     }
+    return filled(text, blocks, "the README")
+
+
+def filled(text: str, blocks: Mapping[str, str], what: str) -> str:
+    """Return a text with what stands between `<!-- name -->` and `<!-- /name -->` replaced, for each block.
+
+    Raises ValueError, which calls the text `what`, unless it has each block once.
+    """
     for name, block in blocks.items():
         first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
         if text.count(first) != 1 or text.count(last) != 1:
-            raise ValueError(f"the README must have one block {first} … {last}")
+            raise ValueError(f"{what} must have one block {first} … {last}")
         before, rest = text.split(first)
         text = before + first + block + last + rest.split(last)[1]
     return text

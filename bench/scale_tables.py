@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from geoengine.bench.readme import table
+from geoengine.bench.readme import filled, table
 
 _ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = _ROOT / "docs" / "scale.md"
@@ -47,13 +47,7 @@ def render(text: str) -> str:
         "results": results_table(scale["photos"]),
         "ray": ray_table(scale["ray"]),
     }
-    for name, block in blocks.items():
-        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if text.count(first) != 1 or text.count(last) != 1:
-            raise ValueError(f"docs/scale.md must have one block {first} … {last}")
-        before, rest = text.split(first)
-        text = before + first + block + last + rest.split(last)[1]
-    return text
+    return filled(text, blocks, "docs/scale.md")
 
 
 def per_core(encoders: Mapping[str, Any]) -> dict[str, float]:
