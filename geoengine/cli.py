@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from geoengine.commands import (
+    bench,
     build_engines,
     calibrate,
     doctor,
@@ -38,6 +39,7 @@ app.command()(doctor.doctor)
 app.command()(serve.serve)
 app.add_typer(index.app, name="index")
 app.command()(evaluate.evaluate)
+app.add_typer(bench.app, name="bench")
 app.add_typer(tiles.app, name="tiles")
 app.add_typer(prepare.app, name="prepare")
 app.command()(train.train)

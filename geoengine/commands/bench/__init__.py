@@ -1,0 +1,13 @@
+"""`geoengine bench`: a module for each benchmark, registered here."""
+
+from __future__ import annotations
+
+import typer
+
+from geoengine.commands.terminal import PlainGroup
+
+app = typer.Typer(
+    cls=PlainGroup,
+    no_args_is_help=True,
+    help="Measure what the engine costs on this machine, and beside what a user would take instead.",
+)
