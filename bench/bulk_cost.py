@@ -1,11 +1,11 @@
 """What a million and a thousand million photos cost, and indices of the land: measured, and computed from it.
 
-    python -m geoengine.bench.scale photos [--count 64]    on the demo planet: photos, tiles and bytes
-    python -m geoengine.bench.scale ray [--rounds 3]       a Ray cluster: two workers, a core each, and one
-    python -m geoengine.bench.scale --write                puts the tables into docs/scale.md
+    python -m geoengine.bench.bulk_cost photos [--count 64]    on the demo planet: photos, tiles and bytes
+    python -m geoengine.bench.bulk_cost ray [--rounds 3]       a Ray cluster of two workers, and of one
+    python -m geoengine.bench.bulk_cost --write                puts the tables into docs/scale.md
 
-Each measurement replaces its part of `bench/results/scale.json`. How many tiles groups of other sizes would
-have shared is computed from the beams, which do not depend on the group.
+Each measurement replaces its part of `bench/results/bulk_cost.json`. How many tiles groups of other sizes
+would have shared is computed from the beams, which do not depend on the group.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from geoengine.bench.encoders_cpu import machine
-from geoengine.bench.scale_tables import DOCUMENT, RESULTS, render
+from geoengine.bench.bulk_cost_tables import DOCUMENT, RESULTS, render
+from geoengine.bench.suite.machine import describe
 from geoengine.bench.truth import PlanetPhotos
 from geoengine.engine.bulk.engines import EngineSpec
 from geoengine.engine.bulk.formats import ResultFiles, ResultFormat
@@ -82,7 +82,7 @@ def measure_photos(count: int) -> dict[str, Any]:
     beams = [_beams(record) for record in records]
     by_answer = sorted(beams, key=lambda levels: levels[max(levels)][0])  # the best sorting there could be
     return {
-        "machine": machine(),
+        "machine": describe(),
         "count": count,
         "k": SearchConfig().k,
         "core_seconds_per_photo": seconds / count,
@@ -130,7 +130,7 @@ def measure_ray(rounds: int, parts: int) -> dict[str, Any]:
                     rates[count].append(steady_rate(done, count))
                     job.finish()
     return {
-        "machine": machine(),
+        "machine": describe(),
         "photos": 4 * parts,
         "rounds": rounds,
         "rates": {str(count): rate for count, rate in rates.items()},
