@@ -29,15 +29,19 @@ PACKAGES = (
 )
 """Packages whose versions a figure may depend on."""
 
+_CODE = ("py", "cpp", "hpp", "cu", "cuh")
+_PATIENCE_S = 30.0  # with other programs
+
 
 def describe() -> dict[str, Any]:
     """Return the machine, its load and the versions in use, JSON-ready; `name` is that of its folder."""
-    gpu = gpu_name()
+    gpu, driver = _gpu()
     return {
         "name": folder_name(gpu or processor(), None if gpu else available_cores()),
         "cpu": processor(),
         "cores": available_cores(),
         "gpu": gpu,
+        "driver": driver,
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -67,16 +71,16 @@ def processor() -> str:
 
 def gpu_name() -> str | None:
     """Return the name of the first NVIDIA GPU, None without one."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+    return _gpu()[0]
+
+
+def _gpu() -> tuple[str | None, str | None]:
+    """Return the name of the first NVIDIA GPU and the version of its driver."""
+    told = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    if not told:
+        return None, None
+    name, _, driver = told.splitlines()[0].rpartition(",")
+    return (name.strip(), driver.strip()) if name else (None, None)
 
 
 def _versions() -> dict[str, str]:
@@ -90,15 +94,25 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the source tree that this file is of, None for an installed package."""
-    here = Path(__file__).resolve().parent
+    """Return the commit of the source tree that this file is of, None for an installed package.
+
+    "+changes" follows when code differs from the commit. GEOENGINE_COMMIT tells it where a build for
+    measuring has left its source tree.
+    """
+    here = Path(__file__).resolve()
+    # A package may be installed inside the source tree of something else, whose commit says nothing.
+    if _output("git", "-C", str(here.parent), "ls-files", here.name) is None:
+        return os.environ.get("GEOENGINE_COMMIT", "").strip() or None
+    commit = _output("git", "-C", str(here.parent), "rev-parse", "--short=10", "HEAD")
+    code = [f":(top)*.{ending}" for ending in _CODE]
+    changed = _output("git", "-C", str(here.parent), "diff", "--name-only", "HEAD", "--", *code)
+    return f"{commit}+changes" if commit and changed else commit
+
+
+def _output(*command: str) -> str | None:
+    """Return what a program printed, None when it is not there, fails, hangs or prints nothing."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short=10", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE_S)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip() or None

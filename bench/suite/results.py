@@ -7,15 +7,19 @@ asked), `complete`, `facts` (what was measured once for all rows), and `rows`, e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from geoengine.bench.suite.machine import describe
 from geoengine.engine.errors import GeoEngineError
-from geoengine.engine.render.files import OutputError, write_atomically
+from geoengine.engine.render.files import OutputError, check_writable, write_atomically
 
 SCHEMA = 1
+
+_PARTS = {"benchmark": str, "machine": dict, "settings": dict, "complete": bool, "facts": dict, "rows": list}
+_SAME = ("cpu", "cores", "gpu", "driver", "python", "packages", "commit")
+"""What of a machine must not change within a run."""
 
 
 class ResultsError(GeoEngineError):
@@ -38,9 +42,10 @@ class Results:
     ) -> Results:
         """Begin a run, or go on with one of the same settings that was interrupted on this machine.
 
-        The file is `<folder>/<machine>/<benchmark>.json`. A complete one is replaced, and with `again` one of
-        another run too. Raises ResultsError for an unfinished run of other settings, another commit, or
-        another schema, OutputError when the folder cannot be written.
+        The file is `<folder>/<machine>/<benchmark>.json`. A complete one is replaced by the first row or
+        fact, not before; with `again`, an unfinished one too. Raises ResultsError for an unfinished run of
+        other settings, on another machine or commit, or of another schema, OutputError when the folder
+        cannot be written.
         """
         machine = describe()
         path = folder / machine["name"] / f"{benchmark}.json"
@@ -48,6 +53,7 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{path.parent}: cannot be made ({error.strerror or error})") from None
+        check_writable(path)
         document = {
             "schema": SCHEMA,
             "benchmark": benchmark,
@@ -62,9 +68,7 @@ class Results:
             if not before["complete"]:
                 _check_same(path, before, document)
                 document = before
-        results = cls(path, document)
-        results._write()
-        return results
+        return cls(path, document)
 
     def known(self, key: str) -> bool:
         """Return whether a row is there already."""
@@ -89,37 +93,61 @@ class Results:
         write_atomically(self.path, json.dumps(self.document, indent=1) + "\n")
 
 
+def write_plots(folder: Path, plots: Mapping[str, str]) -> list[Path]:
+    """Write each plot, an SVG text, as `<folder>/<its name>.svg`; returns the files, raises OutputError."""
+    files = []
+    for name, text in plots.items():
+        file = folder / f"{name}.svg"
+        write_atomically(file, text)
+        files.append(file)
+    return files
+
+
 def read(path: Path) -> dict[str, Any]:
     """Return a file of results; raises ResultsError."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultsError(f"{path}: cannot be read as results of a benchmark ({error})") from None
-    schema = document.get("schema") if isinstance(document, dict) else None
+    document = read_json(path)
+    schema = document.get("schema")
     if schema != SCHEMA:
         raise ResultsError(
             f"{path}: has results of schema {schema}, and this version reads {SCHEMA}: measure again with "
             "--again, or use the version that wrote them"
         )
-    lacking = {"benchmark", "machine", "settings", "complete", "facts", "rows"} - set(document)
-    if lacking:
-        raise ResultsError(f"{path}: lacks {', '.join(sorted(lacking))}: measure again with --again")
-    return dict(document)
+    for what, kind in _PARTS.items():
+        if not isinstance(document.get(what), kind):
+            raise ResultsError(f"{path}: lacks {what}, or has it in another form: measure again with --again")
+    if not all(isinstance(row, dict) and "key" in row for row in document["rows"]):
+        raise ResultsError(f"{path}: has rows without a key: measure again with --again")
+    if not isinstance(document["machine"].get("name"), str):
+        raise ResultsError(f"{path}: does not name its machine: measure again with --again")
+    return document
 
 
-def read_all(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the results of all machines in a folder, by machine and benchmark; raises ResultsError."""
-    for path in sorted(folder.glob("*/*.json")):
-        yield read(path)
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises ResultsError."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultsError(
+            f"{path}: cannot be read as results of a benchmark ({error}): measure again with --again"
+        ) from None
+    if not isinstance(document, dict):
+        raise ResultsError(f"{path}: holds no results of a benchmark, but other JSON: take it away")
+    return document
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for what in ("settings", "commit", "packages"):
-        old = before["settings"] if what == "settings" else before["machine"][what]
-        new = now["settings"] if what == "settings" else now["machine"][what]
-        if old != new:
-            changed = [key for key in new if new[key] != old.get(key)] if isinstance(new, dict) else [new]
-            raise ResultsError(
-                f"{path}: an unfinished run had other {what} ({', '.join(map(str, changed))}): give the "
-                "same again, or --again to throw its rows away"
-            )
+    """Raise ResultsError unless rows of both runs may stand in one table."""
+    pairs = {"settings": (before["settings"], now["settings"])}
+    pairs |= {what: (before["machine"].get(what), now["machine"][what]) for what in _SAME}
+    for what, (old, new) in pairs.items():
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            detail = ", ".join(f"{key}: {old.get(key)}, now {new.get(key)}" for key in changed)
+        else:
+            detail = f"{old}, now {new}"
+        raise ResultsError(
+            f"{path}: an unfinished run had other {what} ({detail}): give the same again, or --again to "
+            "throw its rows away"
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,8 @@ from geoengine.bench.suite.machine import gpu_name
 from geoengine.engine.bundle import PLANET
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.manifest import MANIFEST
-from geoengine.engine.sources import TileBatch, planet
+from geoengine.engine.render.files import OutputError
+from geoengine.engine.sources import TileBatch, fingerprint, planet
 from geoengine.engine.sources.mbtiles import MBTilesSource
 from geoengine.engine.tiles import LngLat, all_xy
 
@@ -81,7 +82,7 @@ class PooledTiles:
     def __init__(self, file: Path, world: str) -> None:
         self.world = world
         self._pool = MBTilesSource(file)
-        self.name, self.identity = self._pool.name, self._pool.identity
+        self.name, self.identity = self._pool.name, fingerprint("pooled", self._pool.identity)
         self.tile_size, self.bounds = self._pool.tile_size, self._pool.bounds
 
     def read(self, z: int, xy: NDArray[np.int64]) -> Iterator[TileBatch]:
@@ -101,14 +102,29 @@ class PooledTiles:
 
 
 def tile_pool(folder: Path | None = None) -> Path:
-    """Return an MBTiles file with 256 JPEG pictures of the planet, 256 pixels wide, made the first time."""
-    import cv2
+    """Return an MBTiles file with 256 JPEG pictures of the planet, 256 pixels wide, made the first time.
 
+    Raises OutputError when it cannot be written.
+    """
     file = (folder or suite_folder()) / "pool.mbtiles"
     if file.exists():
         return file
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _fill(part)
+        part.replace(file)
+    except (OSError, sqlite3.Error) as error:
+        raise OutputError(f"{file}: cannot be written ({error})") from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return file
+
+
+def _fill(part: Path) -> None:
+    import cv2
+
     part.unlink(missing_ok=True)
     side = 1 << POOL_ZOOM
     with closing(sqlite3.connect(part)) as database, database:
@@ -121,8 +137,6 @@ def tile_pool(folder: Path | None = None) -> Path:
             picture = planet.tile(POOL_ZOOM, x, y, size=TILE_SIDE)
             data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1].tobytes()
             database.execute("INSERT INTO tiles VALUES (?, ?, ?, ?)", (POOL_ZOOM, x, side - 1 - y, data))
-    part.replace(file)
-    return file
 
 
 def drawn_places(count: int, seed: int) -> list[LngLat]:
