@@ -49,10 +49,7 @@ class Results:
         """
         machine = describe()
         path = folder / machine["name"] / f"{benchmark}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{path.parent}: cannot be made ({error.strerror or error})") from None
+        make_folder(path.parent)
         check_writable(path)
         document = {
             "schema": SCHEMA,
@@ -91,6 +88,14 @@ class Results:
 
     def _write(self) -> None:
         write_atomically(self.path, json.dumps(self.document, indent=1) + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none; raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror or error})") from None
 
 
 def write_plots(folder: Path, plots: Mapping[str, str]) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from geoengine.commands.bench import report
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -11,3 +12,4 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Measure what the engine costs on this machine, and beside what a user would take instead.",
 )
+app.command()(report.report)
