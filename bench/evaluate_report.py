@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,8 +12,9 @@ from numpy.typing import NDArray
 from geoengine.bench.accuracy import Accuracy, Share, accuracy, errors_km, wilson_share
 from geoengine.bench.evaluate import setting_of
 from geoengine.bench.evaluate_rows import PhotoRow, Results, Setting
+from geoengine.bench.suite.machine import describe
 from geoengine.bench.truth import TruthError, TruthSet
-from geoengine.engine.cores import available_cores
+from geoengine.engine.doctor.gpu import cuda_devices
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.manifest import model_name
 from geoengine.engine.search import SearchConfig
@@ -228,18 +226,11 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were measured with."""
-    from geoengine.engine.doctor.gpu import cuda_devices
-    from geoengine.engine.doctor.machine import findings
-
-    details = {finding.topic: finding.detail for finding in findings()}
+    """Return the machine as `describe` does, and what reports of this schema have besides."""
+    about = describe()
     return {
-        "cpu": details["CPU"],
-        "cores": available_cores(),
+        **about,
         "gpus": cuda_devices(),
-        "memory": details["Memory"].partition(",")[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "geoengine": version("geoengine"),
-        "date": datetime.now(UTC).date().isoformat(),
+        "memory": f"{about['memory_gib']} GiB",
+        "geoengine": about["packages"]["geoengine"],
     }

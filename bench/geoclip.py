@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geoengine.bench.encoders_cpu import machine
+from geoengine.bench.suite.machine import describe
+from geoengine.bench.suite.results import machine_folder
 from geoengine.engine.backends import BACKENDS, Backend, open_backend
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, BundleError
@@ -60,9 +60,8 @@ def measure(bundle: EngineBundle, rounds: int) -> dict[str, Any]:
     return {
         "model": model_name(own.manifest),
         "variants": list(own.variants),
-        "machine": machine(),
+        "machine": describe(),
         "rounds": rounds,
-        "load": os.getloadavg()[0],
         "gallery_points": len(geoclip.gallery.points),
         "photo": _photo_figures(own, rounds),
         "parts_s": parts,
@@ -86,7 +85,7 @@ def report(figures: dict[str, Any]) -> str:
         f"# GeoCLIP, measured on {on}",
         "",
         f"{figures['model']}. Medians of {figures['rounds']} interleaved rounds; "
-        f"the load average was {figures['load']:.0f}, and above the number of cores only ratios mean much.",
+        f"the load average was {machine['load']:.0f}, and above the number of cores only ratios mean much.",
         "",
         "| one photo, on | time | memory of a process that answers for it |",
         "| --- | ---: | ---: |",
@@ -199,18 +198,18 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure a bundle, print the figures, and write them with --out, as JSON and beside it as Markdown."""
+    """Measure a bundle, print the figures, and write them with --out, as JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of results")
     options = parser.parse_args()
     figures = measure(EngineBundle.open(options.bundle), options.rounds)
     print(report(figures), end="")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text(report(figures), encoding="utf-8")
+        folder = machine_folder(options.out)
+        (folder / "geoclip.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        (folder / "geoclip.md").write_text(report(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

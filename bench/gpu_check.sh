@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Builds the package on a machine with a GPU, runs the `gpu` tests, compute-sanitizer over the kernels' tests where it is
-# installed, and the GPU benchmarks. Needs no network: what is missing is named.
+# installed, and the benchmarks: those of the GPU's kernels, and the suite of `geoengine bench`. Needs no network: what is
+# missing is named.
 #   bench/gpu_check.sh [--build-only] [folder for results]
 # Needs nvcc and a Python (PYTHON=...) with NumPy, PyTorch, pytest, hypothesis, pybind11, scikit-build-core, CMake and
-# Ninja; decoding.jsonl lands in <folder>, bench/results unless named, other JSON and Markdown in <folder>/<gpu>/.
+# Ninja, and for the suite also open_clip, onnx and onnxruntime. Results land in <folder>/<gpu>/; <folder> is bench/results
+# unless named. The suite goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -46,6 +48,8 @@ echo 'registers and spills of the CUDA kernels, and how many have them:'
 grep -oE 'Used [0-9]+ registers' "$scratch/build.log" | sort | uniq -c
 grep -oE '[0-9]+ bytes spill stores, [0-9]+ bytes spill loads' "$scratch/build.log" | sort | uniq -c
 export PYTHONPATH=$scratch/site
+GEOENGINE_COMMIT=$(git rev-parse --short=10 HEAD 2>/dev/null || true)
+export GEOENGINE_COMMIT
 "$python" -P -c 'from geoengine.kernels import _topk_cuda; print(_topk_cuda.driver_problem() or "CUDA can be used")'
 [[ -z $build_only ]] || exit 0
 
@@ -62,12 +66,16 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo 'compute-sanitizer is not installed: memory and races were not checked'
 fi
+machine=$("$python" -P -c 'from geoengine.bench.suite.machine import describe; print(describe()["name"])')
 attempt 'kernels' "$python" -P -m geoengine.bench.kernels_gpu --out "$results"
-attempt 'decoders' "$python" -P -m geoengine.bench.decoding --out "$results/decoding.jsonl"
+attempt 'decoders' "$python" -P -m geoengine.bench.decoding --out "$results/$machine/decoding.jsonl"
 if has open_clip onnx onnxruntime; then
-  attempt 'encoders' "$python" -P -m geoengine.bench.encoders_gpu --out "$results"
+  for benchmark in table1 stages peers scale; do
+    attempt "bench $benchmark" "$python" -P -c 'from geoengine.cli import main; main()' bench "$benchmark" --out "$results"
+  done
+  "$python" -P -c 'from geoengine.cli import main; main()' bench report "$results/$machine" || failed+=('report')
 else
-  echo 'open_clip, onnx or onnxruntime is missing: encoders were not measured'
+  echo 'open_clip, onnx or onnxruntime is missing: the suite was not run'
 fi
 
 step 'done'

@@ -11,14 +11,10 @@ peers that are missing are left out. Writes a JSON file and a Markdown table.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from geoengine.bench.readme import table
+from geoengine.bench.suite.machine import describe
+from geoengine.bench.suite.results import machine_folder
 from geoengine.kernels import cosine_topk, kernel_names, quantize_rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = ("ours fp32", "ours fp16", "ours fp16, lengths too", "ours fp16 + int8 look")
 READ = "read fp16"
+_PACKAGES = ("numpy", "torch", "faiss-cpu", "usearch")
 _MOST_TURNS = 300
 _FEWEST_TURNS = 3
 _BLOCK = 65_536
@@ -193,11 +192,12 @@ def take_turn(method: Method, queries: npt.NDArray[np.float32], k: int) -> float
 
 def report(results: dict[str, Any]) -> str:
     """Return the Markdown tables of the results."""
-    about = results["about"]
+    about = results["machine"]
     lines = [
-        f"# Cosine top-k on {about['processor']}\n",
-        f"{about['date']}, commit {about['commit']}, {about['threads']} threads, kernel {about['kernel']}, "
-        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        f"# Cosine top-k on {about['cpu']}\n",
+        f"{about['date']}, commit {about['commit']}, {results['threads']} threads, "
+        f"kernel {results['kernel']}, "
+        + ", ".join(f"{name} {version}" for name, version in about["packages"].items() if name in _PACKAGES)
         + ". Rows of length 1 and random direction. Medians of turns taken in one run. A figure with x says "
         "how many times as long as ours on fp16 rows a method takes; share is the bandwidth of ours, over "
         "that of only reading the fp16 rows, in the same turns.\n",
@@ -223,38 +223,6 @@ def duration(seconds: float) -> str:
     return f"{1e6 * seconds:.1f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.1f} ms"
 
 
-def describe(threads: int) -> dict[str, Any]:
-    """Return what the figures were measured on and with."""
-    commit = subprocess.run(
-        ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    versions = {}
-    for name in ("numpy", "torch", "faiss-cpu", "usearch"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "processor": processor(),
-        "threads": threads,
-        "kernel": kernel_names()[0],
-        "versions": versions,
-    }
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Measure the cases asked for and write `kernels.json` and `kernels.md`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -268,13 +236,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, nargs="+", default=values)
     parser.add_argument("--threads", type=int, default=2, help="for every method")
     parser.add_argument("--seconds", type=float, default=1.0, help="per method and case")
-    parser.add_argument("--out", type=Path, help="folder; by default bench/results/<processor>")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     asked = parser.parse_args()
     cases = [Case(*sizes) for sizes in product(asked.rows, asked.widths, asked.queries, asked.best)]
-    about = describe(asked.threads)
-    folder = asked.out or RESULTS / "-".join(about["processor"].lower().split())
-    folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"about": about, "cases": []}
+    folder = machine_folder(asked.out)
+    results: dict[str, Any] = {
+        "machine": describe(),
+        "threads": asked.threads,
+        "kernel": kernel_names()[0],
+        "cases": [],
+    }
     for case in run(cases, asked.seconds, asked.threads):
         results["cases"].append(case)
         print({name: case[name] for name in Case._fields}, flush=True)

@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from geoengine.bench.suite.machine import describe
+from geoengine.bench.suite.results import machine_folder
 from geoengine.kernels import Int8Rows, cosine_topk
 
 ROWS = (256, 1024, 65_536, 1_000_000, 10_000_000)
@@ -71,7 +70,7 @@ def measure(cases: list[Case], dtypes: tuple[str, ...]) -> dict[str, Any]:
             print(f"{case} {dtype} done", flush=True)
         del table
         torch.cuda.empty_cache()
-    return {"machine": machine(), "copy_bytes_per_second": bandwidth, "rows": rows}
+    return {"machine": describe(), "copy_bytes_per_second": bandwidth, "rows": rows}
 
 
 def contenders(case: Case, dtype: str, table: Any) -> dict[str, Call]:  # noqa: ANN401 - a tensor, or Int8Rows
@@ -188,8 +187,8 @@ def table_of(figures: dict[str, Any]) -> str:
     """Return the figures as a Markdown table: ours beside the best of the others of the same rows."""
     about = figures["machine"]
     lines = [
-        f"{about['gpu']}, driver {about['driver']}, CUDA {about['cuda']}, PyTorch {about['torch']}, "
-        f"{about['date']}, commit {about['commit'][:12]}; copies run at "
+        f"{about['gpu']}, driver {about['driver']}, PyTorch {about['packages'].get('torch')}, "
+        f"{about['date']}, commit {about['commit']}; copies run at "
         f"{figures['copy_bytes_per_second'] / 1e12:.2f} TB/s.",
         "",
         "| rows | d | queries | k | dtype | geoengine µs | share of copy speed | unit rows µs | PyTorch µs "
@@ -210,28 +209,6 @@ def table_of(figures: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def machine() -> dict[str, str]:
-    """Return what the figures were measured with."""
-    torch = _torch()
-
-    def output(*command: str) -> str:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return ""
-        return done.stdout.strip()
-
-    return {
-        "gpu": torch.cuda.get_device_name(0),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "cuda": str(torch.version.cuda),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": output("git", "rev-parse", "HEAD"),
-    }
-
-
 def _torch() -> Any:  # noqa: ANN401 - PyTorch types its CUDA part in places only
     import torch
 
@@ -248,8 +225,7 @@ def main() -> None:
     options = parser.parse_args()
     cases = [Case(*sizes) for sizes in product(options.rows, options.widths, QUERIES, ANSWERS)]
     figures = measure(cases, tuple(options.dtypes))
-    folder = options.out / figures["machine"]["gpu"].lower().replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = machine_folder(options.out)
     (folder / "kernels.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     (folder / "kernels.md").write_text(table_of(figures), encoding="utf-8")
     print(table_of(figures))

@@ -1,7 +1,7 @@
 """Load, soak, malformed requests and a killed worker: `python -m geoengine.bench.service WHAT`.
 
 WHAT is load, soak, malformed or kill, each on a service of the built-in planet that this program starts and
-ends. One JSON object goes to stdout, or into a file of that name in `--out`. Exit status 1 when a goal is
+ends. One JSON object goes to stdout, or into the machine's folder in `--out`. Exit status 1 when a goal is
 missed.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from geoengine.bench import service_malformed, service_runs
-from geoengine.engine.cores import available_cores
+from geoengine.bench.suite.machine import describe
+from geoengine.bench.suite.results import machine_folder
 
 _GOALS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "load": lambda found: (
@@ -42,18 +41,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="length of the soak")
     parser.add_argument("--requests", type=int, default=10_000, help="malformed requests")
     parser.add_argument("--serve", default="", help="further options of `geoengine serve`, as one argument")
-    parser.add_argument("--out", type=Path, help="folder for the result")
+    parser.add_argument("--out", type=Path, help="folder of results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = _measured(options, Path(folder))
     met = _GOALS[options.what](found)
-    found = {"what": options.what, "goal_met": met, **found, "machine": _machine()}
+    found = {"what": options.what, "goal_met": met, **found, "machine": describe()}
     text = json.dumps(found, indent=2) + "\n"
     if options.out is None:
         sys.stdout.write(text)
     else:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"{options.what}.json").write_text(text, encoding="utf-8")
+        (machine_folder(options.out) / f"service_{options.what}.json").write_text(text, encoding="utf-8")
     raise SystemExit(0 if met else 1)
 
 
@@ -73,11 +71,6 @@ def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         case _:
             [photo] = service_runs.write_photos(folder, 1, options.seed)
             return service_malformed.malformed(photo.read_bytes(), options.requests, options.seed, extra)
-
-
-def _machine() -> dict[str, Any]:
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"processor": platform.processor() or platform.machine(), "cores": available_cores(), "load": load}
 
 
 if __name__ == "__main__":

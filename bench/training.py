@@ -24,6 +24,8 @@ import torch
 from torch import nn
 
 from geoengine.bench.readme import table
+from geoengine.bench.suite.machine import describe
+from geoengine.bench.suite.results import machine_folder
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.sources.planet import PlanetSource
 from geoengine.training.contrastive import Batch, compute_gradients
@@ -133,6 +135,7 @@ def measure(start: Start, *, batch: int, pictures: int, rounds: int, precision: 
         seconds = _take_turns(ways, rounds)
     return {
         "schema": 1,
+        "machine": describe(),
         "model": start.encoders.model,
         "device": processes.device.type,
         "precision": frozen.precision,
@@ -186,7 +189,7 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 def main() -> None:
-    """Parse the options, measure, and write `speed.json` and `.md` to a folder."""
+    """Parse the options, measure, and write `training.json` and `.md` to the machine's folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
     parser.add_argument("--batch", type=int, default=64)
@@ -194,7 +197,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/training"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = measure(
@@ -204,9 +207,9 @@ def main() -> None:
         rounds=options.rounds,
         precision=options.precision,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "speed.md").write_text(markdown(report), encoding="utf-8")
+    folder = machine_folder(options.out)
+    (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "training.md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))
 
 

@@ -184,7 +184,9 @@ def test_a_report_is_json(engine):
     report = json.loads(json.dumps(evaluated(engine, MadePhotos(PLACES[:2])).to_dict(), allow_nan=False))
     assert report["schema"] == 1
     assert report["data_set"]["photos"] == 2 and report["data_set"]["remarks"] == ["made for a test"]
-    assert {"cpu", "cores", "gpus", "python", "geoengine", "date"} <= set(report["machine"])
+    assert {"cpu", "cores", "gpus", "memory", "python", "geoengine", "date", "commit"} <= set(
+        report["machine"]
+    )
     [result] = report["results"]
     assert (result["method"], result["score"], result["k"]) == ("tiles", "paper", 1)
     assert list(result["within_km"]) == ["1", "25", "200", "750", "2500"]

@@ -90,6 +90,16 @@ class Results:
         write_atomically(self.path, json.dumps(self.document, indent=1) + "\n")
 
 
+def machine_folder(folder: Path) -> Path:
+    """Return the folder for this machine's results in a folder, made where there is none.
+
+    Raises OutputError.
+    """
+    own = folder / str(describe()["name"])
+    make_folder(own)
+    return own
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder where there is none; raises OutputError."""
     try:
