@@ -20,7 +20,7 @@ lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Puts the figures of bench/results into the README.
+# Puts the figures of bench/results into the README and the report of all machines, bench/results/README.md.
 readme: $(VENV)/base.stamp
 	$(VENV)/bin/python -m geoengine.bench.readme
 

@@ -1,8 +1,9 @@
 """Put the measured figures into the README, so that none is typed by hand: `make readme`.
 
 The figures are the reports of `geoengine evaluate planet … --json` in `bench/results/planet/`, one file a
-run, and what `python -m geoengine.bench.encoders_cpu` wrote to `bench/results/cpu/`. A block of the README
-between `<!-- name -->` and `<!-- /name -->` is replaced; a test checks that it is current.
+run, and what `geoengine bench` and `python -m geoengine.bench.encoders_cpu` wrote. A block of the README
+between `<!-- name -->` and `<!-- /name -->` is replaced. The report of all machines becomes
+`bench/results/README.md`. Tests check that both are current.
 """
 
 from __future__ import annotations
@@ -16,9 +17,20 @@ _ROOT = Path(__file__).resolve().parent.parent
 README = _ROOT / "README.md"
 RESULTS = _ROOT / "bench" / "results"
 
+NOT_MEASURED = "Not measured yet: `geoengine bench table1` does."
+_KINDS = ("cold", "indexed", "warm")
+
 
 def render(text: str, results: Path = RESULTS) -> str:
     """Return the README `text` with its blocks of figures filled from the files in `results`."""
+    from geoengine.bench.suite import report
+
+    found = report.collect([results])
+    table1 = [
+        document
+        for (_, name), document in found.documents.items()
+        if name == "table1" and document["complete"]
+    ]
     planet = load_results(results / "planet")
     encoders = json.loads((results / "cpu" / "encoders.json").read_text(encoding="utf-8"))
     blocks = {
@@ -26,6 +38,8 @@ def render(text: str, results: Path = RESULTS) -> str:
         "recall": recall_table(planet),
         "headline": headline(planet),
         "cpu": cpu_table(encoders["rows"]),
+        "claim": claim(table1),
+        "speed": speed_table(table1),
     }
     return filled(text, blocks, "the README")
 
@@ -83,6 +97,77 @@ def headline(results: Sequence[dict[str, Any]]) -> str:
     return percent(next(iter(result["within_km"].values()))["share"])
 
 
+def claim(table1: Sequence[dict[str, Any]]) -> str:
+    """Return a sentence for each machine on what a photo costs at k = 16."""
+    sentences = []
+    for document in table1:
+        for row in document["rows"]:
+            if row["k"] != 16:
+                continue
+            ratio = _ratios(row)
+            faster = ""
+            if ratio:
+                faster = (
+                    f", {ratio['cold']} times as fast as the paper's procedure in the same run, and "
+                    f"{duration(row['warm']['median'])}, {ratio['warm']} times as fast, where all its tiles "
+                    "are known from photos before"
+                )
+            sentences.append(
+                f"On {_where(document)}, a photo at k = 16 takes {duration(row['cold']['median'])}{faster} "
+                f"({document['facts']['model']})."
+            )
+    return " ".join(sentences) or NOT_MEASURED
+
+
+def speed_table(table1: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of what a photo costs on each machine, beside the paper's procedure."""
+    rows = []
+    for document in table1:
+        for row in sorted(document["rows"], key=lambda row: int(row["k"])):
+            ratio = _ratios(row)
+            cells: list[str] = []
+            for kind in _KINDS:
+                seconds = duration(row[kind]["median"]) if row[kind] else "–"
+                cells.append(f"{seconds} ({ratio[kind]} x)" if kind in ratio else seconds)
+            again = duration(row["paper"]["extrapolated_s"]) if row["paper"] else "–"
+            rows.append([_where(document), row["k"], f"{row['tiles']:g}", *cells, again])
+    if not rows:
+        return f"\n{NOT_MEASURED}\n"
+    header = [
+        "machine",
+        "k",
+        "tiles",
+        "nothing known",
+        "zooms 4–8 indexed",
+        "all known",
+        "the paper's procedure",
+    ]
+    return table(header, rows)
+
+
+def _ratios(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return how many times as fast as the paper's procedure in the same run each kind of search is."""
+    if not row["paper"]:
+        return {}
+    again = row["paper"]["extrapolated_s"]
+    ratios = {kind: again / row[kind]["median"] for kind in _KINDS if row[kind]}
+    return {kind: f"{ratio:,.1f}" if ratio < 10 else f"{ratio:,.0f}" for kind, ratio in ratios.items()}
+
+
+def _where(document: Mapping[str, Any]) -> str:
+    machine = document["machine"]
+    return f"{machine['gpu'] or '{cores} cores of {cpu}'.format(**machine)} ({machine['date']})"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in milliseconds, seconds or minutes, with about three digits."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    if seconds < 99.5:
+        return f"{seconds:.3g} s"
+    return f"{round(seconds / 60):,} min" if seconds >= 595 else f"{seconds / 60:.1f} min"
+
+
 def cpu_table(encoders: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of the encoders on a CPU: speed, and agreement where channels are outliers."""
     rows = []
@@ -118,5 +203,13 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write both files."""
+    from geoengine.bench.suite import report
+
     README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    report.write(report.collect([RESULTS]), RESULTS)
+
+
+if __name__ == "__main__":
+    main()

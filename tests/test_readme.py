@@ -9,6 +9,7 @@ import pytest
 from typer.main import get_command
 
 from geoengine.bench import readme
+from geoengine.bench.suite import report
 from geoengine.cli import app
 
 TEXT = readme.README.read_text(encoding="utf-8")
@@ -61,3 +62,54 @@ def test_files_that_it_links_to_are_there():
     assert "RESPONSIBLE_USE.md" in links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_the_report_of_all_machines_is_current():
+    found = report.collect([readme.RESULTS])
+    text, plots = report.render(found, readme.RESULTS)
+    assert not found.troubles
+    assert (readme.RESULTS / report.NAME).read_text() == text, "run `make readme`"
+    for machine, drawn in plots.items():
+        for name, plot in drawn.items():
+            assert (readme.RESULTS / machine / f"{name}.svg").read_text() == plot, "run `make readme`"
+
+
+def table1(gpu=None):
+    spread = {"median": 20.0, "least": 19.0, "most": 21.0, "rounds": 3}
+    row = {"key": "k=16", "k": 16, "tiles": 1792, "cold": spread, "indexed": None}
+    row |= {"warm": spread | {"median": 0.0421}, "paper": {"extrapolated_s": 300.0}}
+    machine = {"cpu": "Made", "cores": 2, "gpu": gpu, "date": "2026-01-02"}
+    return {"machine": machine, "facts": {"model": "ViT-X"}, "rows": [{**row, "k": 64, "paper": None}, row]}
+
+
+def test_figures_of_speed_come_with_machine_and_date():
+    told = readme.claim([table1()])
+    assert told.startswith("On 2 cores of Made (2026-01-02), a photo at k = 16 takes 20 s, 15 times as fast")
+    assert "42.1 ms, 7,126 times as fast" in told
+    assert readme.claim([table1(gpu="NVIDIA H200")]).startswith("On NVIDIA H200 (2026-01-02), ")
+    first, second = readme.speed_table([table1()]).strip().splitlines()[2:]
+    assert (
+        first
+        == "| 2 cores of Made (2026-01-02) | 16 | 1792 | 20 s (15 x) | – | 42.1 ms (7,126 x) | 5.0 min |"
+    )
+    assert second == "| 2 cores of Made (2026-01-02) | 64 | 1792 | 20 s | – | 42.1 ms | – |"
+
+
+def test_what_was_not_measured_is_called_so():
+    assert readme.claim([]) == readme.NOT_MEASURED
+    assert readme.NOT_MEASURED in readme.speed_table([])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0004, "0.4 ms"),
+        (0.12345, "123 ms"),
+        (99.4, "99.4 s"),
+        (99.6, "1.7 min"),
+        (594, "9.9 min"),
+        (1830, "30 min"),
+    ],
+)
+def test_times(seconds, text):
+    assert readme.duration(seconds) == text
