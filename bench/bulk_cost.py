@@ -4,8 +4,8 @@
     python -m geoengine.bench.bulk_cost ray [--rounds 3]       a Ray cluster of two workers, and of one
     python -m geoengine.bench.bulk_cost --write                puts the tables into docs/scale.md
 
-Each measurement replaces its part of `bench/results/bulk_cost.json`. How many tiles groups of other sizes
-would have shared is computed from the beams, which do not depend on the group.
+Each measurement replaces its part of `bench/results/amd-epyc-2-cores/bulk_cost.json`. How many tiles groups
+of other sizes would have shared is computed from the beams, which do not depend on the group.
 """
 
 from __future__ import annotations

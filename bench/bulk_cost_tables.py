@@ -12,7 +12,7 @@ from geoengine.bench.readme import filled, table
 
 _ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = _ROOT / "docs" / "scale.md"
-RESULTS = _ROOT / "bench" / "results" / "bulk_cost.json"
+RESULTS = _ROOT / "bench" / "results" / "amd-epyc-2-cores" / "bulk_cost.json"
 ENCODERS = _ROOT / "bench" / "results" / "cpu" / "encoders.json"
 
 K = 16

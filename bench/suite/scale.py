@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -78,9 +78,11 @@ def measure(settings: ScaleSettings, results: Results, progress: Progress) -> No
     with ExitStack() as stack:
         series: list[Series] = []
         if set(settings.parts) & {"photos", "k"}:
-            trained = Series("planet", stack.enter_context(GeoEngine.open("planet", "planet")))
+            trained = Series("planet", stack.enter_context(_trained()))
             series.append(trained)
-            folder = workload.resolve_bundle(settings.bundle, progress)
+            folder = workload.resolve_bundle(
+                settings.bundle, lambda done, total, what: progress(what, done, total)
+            )
             if folder.resolve() != PLANET.resolve():
                 series.append(Series("", stack.enter_context(_open(folder))))
             results.state(series={own.name: own.about for own in series}, region_km=REGION_KM)
@@ -95,6 +97,10 @@ def measure(settings: ScaleSettings, results: Results, progress: Progress) -> No
                 measure_k(own, results, settings, progress)
     if "rows" in settings.parts:
         measure_rows(settings.index_rows, results, progress)
+
+
+def _trained() -> GeoEngine:
+    return GeoEngine.open("planet", "planet")
 
 
 def _open(folder: Path) -> GeoEngine:
@@ -144,9 +150,7 @@ class Scene:
 
     def locate(self, count: int) -> list[Location]:
         """Locate the first photos in one call."""
-        found = self.trained.engine.locate(
-            self.photos[:count], config=self.trained.config(self._settings.k)
-        )
+        found = self.trained.engine.locate(self.photos[:count], config=self.trained.config(self._settings.k))
         if count > len(self._found):
             self._found = found
         return found
@@ -182,7 +186,7 @@ def measure_search(scene: Scene, results: Results, settings: ScaleSettings, prog
             results.add(key, **own, left_out_s=needs)
             continue
         assert scene.trained.ready and len(scene.photos) >= count
-        found, seconds = timed(lambda count=count: scene.locate(count))
+        found, seconds = timed(partial(scene.locate, count))
         spent.add(count, seconds)
         results.add(key, **own, **tiles_of(candidates_of(found)), seconds=seconds.to_dict())
 
@@ -205,7 +209,7 @@ def measure_followed(
             continue
         assert series.ready
         photos = scene.photos[:count]
-        _, seconds = timed(lambda photos=photos, levels=levels: follow(series, photos, levels, settings.k))
+        _, seconds = timed(partial(follow, series, photos, levels, settings.k))
         spent.add(tiles["distinct"], seconds)
         results.add(key, **own, **tiles, seconds=seconds.to_dict())
 
@@ -225,7 +229,7 @@ def measure_k(series: Series, results: Results, settings: ScaleSettings, progres
             results.add(key, **own, left_out_s=needs)
             continue
         assert series.ready
-        _, seconds = timed(lambda k=k: series.engine.locate(photo, config=series.config(k)))
+        _, seconds = timed(partial(series.engine.locate, photo, config=series.config(k)))
         spent.add(tiles, seconds)
         results.add(key, **own, seconds=seconds.to_dict())
 
@@ -281,9 +285,9 @@ def _distinct(lists: Iterable[NDArray[np.int64]]) -> int:
 
 def tiles_at(levels: Sequence[int], k: int) -> int:
     """Return how many tiles one photo needs in all of the world."""
-    tiles = last = 4 ** levels[0]
+    tiles = last = 1 << 2 * levels[0]
     for above, zoom in itertools.pairwise(levels):
-        last = min(k, last) * 4 ** (zoom - above)
+        last = min(k, last) << 2 * (zoom - above)
         tiles += last
     return tiles
 

@@ -39,9 +39,10 @@ _ROWS_NOTE = (
 
 
 def _photos_note(document: Mapping[str, Any]) -> str:
+    km = document["facts"].get("region_km", 0)
     return (
-        f"{_series_note(document)} One region: photos within {document['facts'].get('region_km', 0):g} km of one place, which the search "
-        "does not know: it covers all of the planet. The planet's encoders are trained and share what trained "
+        f"{_series_note(document)} One region: photos within {km:g} km of one place, which the search does "
+        "not know: it covers all of the planet. The planet's encoders are trained and share what trained "
         "encoders share. Others read, encode and rank the very tiles that the trained search asked for, as "
         "weights that know no places would share tiles or not for no reason. Tiles asked for is photos times "
         "tiles; distinct tiles is what is read and encoded. Nothing is known from earlier calls."
@@ -184,7 +185,9 @@ def plots(document: Mapping[str, Any]) -> dict[str, str]:
         )
     if any("seconds" in row for row in ks):
         drawn["scale-k"] = _svg(
-            lambda axes: _draw_k(axes, ks), ("beam width k", "beam width k"), ("seconds, one photo", "ms a tile")
+            lambda axes: _draw_k(axes, ks),
+            ("beam width k", "beam width k"),
+            ("seconds, one photo", "ms a tile"),
         )
     if any("scoring_s" in row for row in rows):
         drawn["scale-rows"] = _svg(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from geoengine.commands.bench import report
+from geoengine.commands.bench import report, scale
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -13,3 +13,4 @@ app = typer.Typer(
     help="Measure what the engine costs on this machine, and beside what a user would take instead.",
 )
 app.command()(report.report)
+app.command()(scale.scale)
