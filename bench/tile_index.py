@@ -1,10 +1,8 @@
-"""What a tile index costs and saves: opening, scoring whole levels, and searches cold and warm.
+"""What a tile index saves: searches cold and warm.
 
-    python -m geoengine.bench.tile_index scoring [--folder DIR]
-    python -m geoengine.bench.tile_index search --bundle DIR [--k 16]
+    python -m geoengine.bench.tile_index --bundle DIR [--k 16]
 
-`scoring` writes random rows, opens them in a process of its own, and scores one photo against all of them.
-`search` locates one photo over a local MBTiles file, whose pictures stand for all tiles of the world: with
+Locates one photo over a local MBTiles file, whose pictures stand for all tiles of the world: with
 nothing known, and with an index of the first levels and the rows of the first search. Beside it stands what
 the encoder alone needs for the distinct pictures of the first search, already decoded: its time, which other
 work on the machine makes doubtful, its processor time, and how long the first search spent in the encoder.
@@ -14,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,70 +26,17 @@ from numpy.typing import NDArray
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.index.segments import write_segment
-from geoengine.engine.index.tile_index import Area, Description, Maker, TileIndex, level_file
+from geoengine.engine.index.tile_index import Area, Description, Maker, level_file
 from geoengine.engine.manifest import encoder_name
 from geoengine.engine.search import SearchConfig
 from geoengine.engine.sources import TileBatch
 from geoengine.engine.sources.mbtiles import MBTilesSource
 from geoengine.engine.tiles import all_xy
-from geoengine.kernels import cosine_topk
-
-WIDTH = 512
-LEVELS_OF_ROWS = {"zoom 8": (8, 65_536), "land, zooms 4 to 10": (10, 240_000), "a million": (10, 1_000_000)}
-"""Names, zooms and numbers of rows that are scored."""
 
 ROUNDS = 15
 K = 16
 POOL_ZOOM = 6  # of the file whose 4096 pictures stand for all tiles
 INDEXED = (4, 6, 8)
-
-
-def write_rows(folder: Path) -> None:
-    """Write one index per entry of `LEVELS_OF_ROWS`, with random rows."""
-    rng = np.random.default_rng(0)
-    block = rng.normal(size=(65_536, WIDTH)).astype(np.float32)
-    block = (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float16)
-    names = ("encoder", "source", "model", "backend", "variant", "tiles", "attribution", "world")
-    maker = Maker(width=WIDTH, **dict.fromkeys(names, "random"))
-    for name, (zoom, count) in LEVELS_OF_ROWS.items():
-        target = folder / name
-        target.mkdir(parents=True)
-        ids = np.arange(count, dtype=np.uint64)
-        rows = (block[: min(len(block), count - start)] for start in range(0, count, len(block)))
-        write_segment(level_file(target, zoom), zoom, ids, ids[:0], WIDTH, rows)
-        Description(maker=maker, areas=(Area(),), complete=(zoom,)).write(target)
-
-
-def measure_scoring(folder: Path, name: str) -> dict[str, Any]:
-    """Open one of the indexes and score a photo; call it in a fresh process."""
-    zoom, count = LEVELS_OF_ROWS[name]
-    before_kib = resident_kib()
-    start = time.perf_counter()
-    table = TileIndex(folder / name).table(zoom, None)
-    opening_s = time.perf_counter() - start
-    opened_kib = resident_kib() - before_kib
-    assert table is not None and len(table.ids) == count
-    query = np.random.default_rng(1).normal(size=(1, WIDTH)).astype(np.float32)
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        cosine_topk(table.matrix, query, K)
-        times.append(time.perf_counter() - start)
-    return {
-        "rows": count,
-        "opening_ms": 1e3 * opening_s,
-        "opening_resident_mib": opened_kib / 1024,
-        "first_scoring_ms": 1e3 * times[0],
-        "scoring_ms": 1e3 * statistics.median(times[1:]),
-        "best_scoring_ms": 1e3 * min(times),
-        "gigabytes_per_second": 2 * WIDTH * count / min(times) / 1e9,
-    }
-
-
-def resident_kib() -> int:
-    """Return the memory of this process that is resident, in KiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() // 1024
 
 
 class PooledTiles:
@@ -252,34 +193,18 @@ def measure_indexed(
 
 
 def main() -> None:
-    """Print figures as JSON lines."""
+    """Print figures as a JSON object."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("scoring", "search", "score-one"))
-    parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where files are written; a temporary folder by default")
     parser.add_argument("--bundle", default="planet", help="engine bundle for the search")
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
-    if arguments.what == "score-one":
-        print(json.dumps(measure_scoring(arguments.folder, arguments.name)))
-        return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        if arguments.what == "search":
-            figures = measure_search(
-                EngineBundle.open(arguments.bundle), arguments.k, arguments.threads, Path(folder)
-            )
-            print(json.dumps(figures))
-            return
-        write_rows(Path(folder))
-        for name in LEVELS_OF_ROWS:
-            command = [sys.executable, "-P", "-m", "geoengine.bench.tile_index", "score-one", name]
-            done = subprocess.run(
-                [*command, "--folder", folder], check=True, capture_output=True, text=True, env=os.environ
-            )
-            print(json.dumps({"name": name, **json.loads(done.stdout)}), flush=True)
+        opened = EngineBundle.open(arguments.bundle)
+        print(json.dumps(measure_search(opened, arguments.k, arguments.threads, Path(folder))))
 
 
 if __name__ == "__main__":
