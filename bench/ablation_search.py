@@ -2,6 +2,9 @@
 
 Every cell (variant, beam width, seed) is written as soon as it is there, and a run goes on where the last one
 with the same bundle was stopped. Embeddings of tiles are kept in `--rows`, which makes later variants cheap.
+
+The planet has no population. Its priors are counts of the places that `geoengine train planet` draws, in tiles of
+a zoom: half of them are uniform over the land, as the photos here are, half in clusters.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from geoengine.bench.accuracy import THRESHOLDS_KM, errors_km, wilson_share
 from geoengine.bench.truth import PlanetPhotos, TruthPhoto
@@ -26,9 +29,12 @@ from geoengine.engine.calibration import CALIBRATION, STATED_SHARES
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.results import Location
+from geoengine.engine.scoring.density import Density, counted
 from geoengine.engine.scoring.kinds import Objective, Score
 from geoengine.engine.search import SearchConfig
 from geoengine.engine.tiles import tile_at
+from geoengine.training.photos import Geometry
+from geoengine.training.planet_photos import Planet
 
 SCHEMA = 1
 _TOGETHER = 25
@@ -42,8 +48,16 @@ VARIANTS = {
     "path, quota 4": SearchConfig(score=Score.path, quota=4),
     "path, for 25 km": SearchConfig(score=Score.path, objective=Objective(25.0)),
     "path, for 200 km": SearchConfig(score=Score.path, objective=Objective(200.0)),
+    "path, prior of zoom 4": SearchConfig(score=Score.path),
+    "path, prior of zoom 8": SearchConfig(score=Score.path),
 }
-"""What is compared, each a search but for its beam width and its levels."""
+"""What is compared, each a search but for its beam width, its levels and its prior."""
+
+PRIORS: Mapping[str, int] = {"path, prior of zoom 4": 4, "path, prior of zoom 8": 8}
+"""The zooms of the variants' priors."""
+
+PRIOR_PLACES = 3000
+"""Places that a prior counts: as many as `geoengine train planet` draws by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +99,21 @@ def run(engine: GeoEngine, plan: Plan, out: Path) -> dict[str, Any]:
     return data
 
 
+def markdown(data: dict[str, Any]) -> str:
+    """Return the pooled figures as a page that says what they are."""
+    return f"{_HEAD}\n{table(data)}"
+
+
+_HEAD = f"""# The search's switches on the demo planet
+
+Photos that took no part in training or calibration; `python -m geoengine.bench.ablation_search` measures it again.
+`paper` and `path` are the two scores, the rest one switch each. The radius is calibrated only for the plain and centred
+searches, at the beam widths that were calibrated. The planet has no population: its priors count {PRIOR_PLACES:,} places
+that `geoengine train planet` draws, in tiles of a zoom, half of them uniform over the land, half in clusters. The photos here
+are uniform over the land, so that such a prior can tell little more than where land is.
+"""
+
+
 def table(data: dict[str, Any]) -> str:
     """Return the pooled figures of all cells as Markdown: one row for each variant and beam width."""
     lines = [
@@ -122,9 +151,13 @@ def _cell(engine: GeoEngine, truth: PlanetPhotos, k: int, variant: str) -> dict[
     config = replace(VARIANTS[variant], k=k, levels=engine.bundle.levels, top=1)
     photos, found = iter(truth), list[tuple[TruthPhoto, Location]]()
     start = time.perf_counter()
-    while batch := list(itertools.islice(photos, _TOGETHER)):
-        located = engine.locate([engine.prepare(photo.read()) for photo in batch], config=config)
-        found += zip(batch, located, strict=True)
+    with ExitStack() as stack:
+        if variant in PRIORS:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            config = replace(config, prior=str(_prior(PRIORS[variant], folder)))
+        while batch := list(itertools.islice(photos, _TOGETHER)):
+            located = engine.locate([engine.prepare(photo.read()) for photo in batch], config=config)
+            found += zip(batch, located, strict=True)
     errors = errors_km([place.point for _, place in found], [photo.place for photo, _ in found])
     return {
         "seed": truth.seed,
@@ -151,8 +184,14 @@ def _cell(engine: GeoEngine, truth: PlanetPhotos, k: int, variant: str) -> dict[
     }
 
 
-def _inside(errors: NDArray[np.float64], found: Sequence[tuple[TruthPhoto, Location]], share: float) -> int:
-    return sum(bool(e <= place.radius_for(share)) for e, (_, place) in zip(errors, found, strict=True))
+def _prior(zoom: int, folder: Path) -> Path:
+    """Write the prior of a zoom to a folder and return its file."""
+    taken = Planet(Geometry(1, "squash"), places=PRIOR_PLACES, validation=1).split("train")
+    places = np.column_stack([taken.lng, taken.lat])
+    ids, counts = counted(places, np.ones(len(places)), zoom)
+    file = folder / f"planet-zoom-{zoom}.npz"
+    Density(name=file.stem, world="planet", zoom=zoom, ids=ids, counts=counts).write(file)
+    return file
 
 
 def _kept(location: Location, photo: TruthPhoto, zoom: int) -> bool:
@@ -188,7 +227,7 @@ def main() -> None:
         if engine.bundle.calibration is None:
             raise GeoEngineError(f"{given.bundle} has no calibration: run geoengine calibrate first")
         data = run(engine, plan, given.out)
-    text = table(data)
+    text = markdown(data)
     given.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -97,6 +97,28 @@ class PlanetPhotos:
     def remarks(self) -> list[str]:
         """Say that figures of the planet measure the chain and not the world."""
         return ["the planet is made up: figures of it are no figures of Earth"]
+
+
+class PlanetSeeds:
+    """The planet's photos of several seeds, `count` of each, as one set."""
+
+    name, title, world, wanted = PlanetPhotos.name, PlanetPhotos.title, PLANET, None
+
+    def __init__(self, count: int, seeds: Sequence[int]) -> None:
+        if len(set(seeds)) < len(seeds):
+            raise TruthError(f"each seed must be there once, got {', '.join(map(str, seeds))}")
+        self.parts = [PlanetPhotos(count, seed) for seed in seeds]
+        self.identity = f"planet photos of seeds {', '.join(map(str, seeds))}"
+
+    def __iter__(self) -> Iterator[TruthPhoto]:
+        for part in self.parts:
+            for photo in part:
+                yield replace(photo, key=f"{photo.key} of seed {part.seed}")
+
+    def remarks(self) -> list[str]:
+        """Say which photos they are, and what is said of those of one seed."""
+        seeds = ", ".join(str(part.seed) for part in self.parts)
+        return [f"{self.parts[0].count} photos of each of the seeds {seeds}", *self.parts[0].remarks()]
 
 
 def _drawn(name: str, place: LngLat, seed: int) -> TruthPhoto:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from geoengine.bench.truth import EARTH, PartOf, PlanetPhotos, Read, TruthError, TruthPhoto, TruthSet
+from geoengine.bench.truth import (
+    EARTH,
+    PartOf,
+    PlanetPhotos,
+    PlanetSeeds,
+    Read,
+    TruthError,
+    TruthPhoto,
+    TruthSet,
+)
 from geoengine.engine.errors import PhotoError
 from geoengine.engine.photo_sets import PhotoEntry, PhotoSet, open_photo_set
 from geoengine.engine.photo_sets.names import flickr_number, names_of
@@ -46,21 +55,24 @@ def open_truth_set(
     photos: Path | None = None,
     table: Path | None = None,
     count: int | None = None,
-    seed: int = 1,
+    seeds: Sequence[int] = (1,),
     limits: PhotoLimits | None = None,
 ) -> TruthSet:
     """Open what `geoengine evaluate` names: "planet", one of `KNOWN_SETS`, or a photo set with places.
 
     `photos` is the folder of the photos, `table` the file with their places. `count` is how many photos are
-    drawn of the planet, and how many are chosen of another set, with `seed`. Raises TruthError, and
-    PhotoSetError for a table that cannot be used.
+    drawn of the planet with each of `seeds`, and how many are chosen of another set with the one seed. Raises
+    TruthError, and PhotoSetError for a table that cannot be used.
     """
     if spec == "planet":
         if photos is not None or table is not None:
             raise TruthError(
                 "the planet's photos are drawn, --count of them: leave out --photos and --places"
             )
-        return PlanetPhotos(PLANET_COUNT if count is None else count, seed)
+        count = PLANET_COUNT if count is None else count
+        return PlanetPhotos(count, seeds[0]) if len(seeds) == 1 else PlanetSeeds(count, seeds)
+    if len(seeds) > 1:
+        raise TruthError(f"several seeds draw several sets of the planet's photos: {spec} takes one")
     limits = PhotoLimits() if limits is None else limits
     whole: TruthSet
     if spec in KNOWN_SETS:
@@ -74,7 +86,7 @@ def open_truth_set(
         listed = Path(spec) if table is None else table
         inside = Path(spec) if table is not None and photos is None else photos
         whole = ListedPhotos(open_photo_set(listed, photos=inside, need_place=True), limits)
-    return whole if count is None else PartOf(whole, count, seed)
+    return whole if count is None else PartOf(whole, count, seeds[0])
 
 
 def refuse_trained(truth: TruthSet, training: Path) -> None:

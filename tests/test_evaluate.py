@@ -15,6 +15,7 @@ from geoengine.bench.evaluate import Evaluation, job_of, setting_of
 from geoengine.bench.evaluate_report import make_report
 from geoengine.bench.evaluate_rows import PhotoRow, Results, ResultsError, Setting
 from geoengine.bench.truth import PlanetPhotos, TruthError, land_places
+from geoengine.bench.truth_sets import open_truth_set
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.calibration import STATED_SHARES, Calibration
 from geoengine.engine.engine import GeoEngine
@@ -97,6 +98,19 @@ def test_photos_of_the_planet_are_drawn_when_they_are_read_and_the_first_ones_st
     assert taken == before[:3]
     assert PlanetPhotos(3, seed=5).identity == PlanetPhotos(5, seed=5).identity
     assert PlanetPhotos(3, seed=6).identity != PlanetPhotos(3, seed=5).identity
+
+
+def test_photos_of_several_seeds_are_those_of_each_one_under_names_of_their_own():
+    both = open_truth_set("planet", count=3, seeds=[5, 7])
+    photos = list(both)
+    assert [photo.place for photo in photos] == land_places(3, 5) + land_places(3, 7)
+    assert len({photo.key for photo in photos}) == 6
+    assert photos[3].key == "planet photo 1 of seed 7"
+    assert both.remarks()[0] == "3 photos of each of the seeds 5, 7"
+    alone = open_truth_set("planet", count=3, seeds=[5])
+    assert [photo.place for photo in alone] == land_places(3, 5)
+    assert len({both.identity, alone.identity, open_truth_set("planet", seeds=[7, 5]).identity}) == 3
+    np.testing.assert_array_equal(photos[4].read().pixels, list(PlanetPhotos(2, 7))[1].read().pixels)
 
 
 @pytest.mark.parametrize(("count", "seed"), [(0, 1), (-3, 1), (1, -1)])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from command_line import refused, run
 from made_sets import jpeg, write_tar
 from made_tiles import tile_picture
-from made_training import VISION, write_start
+from made_training import VISION, Tiles, write_start
 
 from geoengine.engine.photo_sets import PhotoSetError
 from geoengine.engine.tiles import LngLat, Tile, descendants_xy, parent, xy_at
@@ -25,7 +25,7 @@ from geoengine.training.contrastive import (
     smoothed_target,
 )
 from geoengine.training.errors import TrainingError
-from geoengine.training.features import CachedPhotos, Frozen
+from geoengine.training.features import CachedPhotos, CachedTiles, Frozen
 from geoengine.training.negatives import drawn, neighbours, pools, siblings, tile_keys, tiles_of_keys
 from geoengine.training.photos import Geometry, Shards
 from geoengine.training.processes import Processes, choose_precision
@@ -296,6 +296,19 @@ def test_kept_embeddings_are_of_one_way_to_make_photos_square(tmp_path):
         photos = Shards(data, Geometry(frozen.side, mode)).split("valid")
         CachedPhotos(frozen, photos, tmp_path, ALONE, lambda what, done, total: None).prepare()
     assert len(list((tmp_path / "photos").iterdir())) == 2
+
+
+@pytest.mark.parametrize("change", [{"mean": (0.4,) * 3}, {"std": (0.4,) * 3}])
+def test_kept_activations_are_of_one_way_to_normalise_pixels(tmp_path, change):
+    """Weights alone do not tell: the same ones with another mean see other pictures."""
+    alike = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "digest": "d" * 64, "device": torch.device("cpu")}
+    alike |= {"tower": VISION.build(), "trunk_layers": 1, "precision": "fp32"}
+    keys, kept = tile_keys(np.array([[3, 4]])), []
+    for frozen in (Frozen(**alike), Frozen(**alike | change)):
+        tiles = CachedTiles(frozen, Tiles(), tmp_path, ALONE, lambda what, done, total: None)
+        tiles.prepare(5, keys)
+        kept.append(tiles.tokens(5, keys))
+    assert not torch.equal(*kept)
 
 
 def test_shards_without_coordinates_and_folders_without_shards_are_refused(tmp_path):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from geoengine.engine.preprocess import to_square
 from geoengine.engine.readahead import ReadAhead
-from geoengine.engine.sources import TileSource
+from geoengine.engine.sources import TileSource, fingerprint
 from geoengine.training.errors import TrainingError
 from geoengine.training.negatives import Keys, tiles_of_keys
 from geoengine.training.photos import Photos
@@ -49,6 +49,11 @@ class Frozen:
     digest: str
     device: torch.device
     precision: str
+
+    @property
+    def identity(self) -> str:
+        """A name of what its output depends on besides the pictures: weights, mean and std, precision."""
+        return f"{fingerprint(self.digest, *map(str, (*self.mean, *self.std)))[:16]}-{self.precision}"
 
     @property
     def side(self) -> int:
@@ -111,8 +116,7 @@ class CachedTiles:
                 "tiles: train with --no-cache"
             )
         self._frozen, self._source, self._processes, self._progress = frozen, source, processes, progress
-        # What a picture's tokens depend on; a hash of it, so that paths stay short.
-        name = f"{frozen.digest[:16]}-{frozen.trunk_layers}-{frozen.precision}-{source.identity[:16]}"
+        name = f"{frozen.identity}-{frozen.trunk_layers}-{source.identity[:16]}"
         self._folder = cache / "tiles" / name
         self._stores: dict[int, RowStore] = {}
 
@@ -221,7 +225,7 @@ class CachedPhotos:
         self, frozen: Frozen, photos: Photos, cache: Path, processes: Processes, progress: Progress
     ) -> None:
         self._frozen, self._photos, self._processes, self._progress = frozen, photos, processes, progress
-        folder = f"{frozen.digest[:16]}-{frozen.precision}-{photos.identity[:60]}"
+        folder = f"{frozen.identity}-{photos.identity[:60]}"
         dim = int(frozen.tower.proj.shape[1])
         self._store = RowStore(cache / "photos" / folder, (dim,))
 

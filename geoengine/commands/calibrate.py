@@ -155,9 +155,9 @@ class Order:
                     f"the planet's photos of seeds below {FIRST_SEED} are for training and evaluation, got "
                     f"seed {self.seed}: calibrate with {FIRST_SEED} or more"
                 )
-            return open_truth_set("planet", count=self.count or _PHOTOS, seed=self.seed)
+            return open_truth_set("planet", count=self.count or _PHOTOS, seeds=[self.seed])
         spec = _split_of(Path(self.data_set), self.split or _USUAL_SPLIT) if prepared else self.data_set
-        return open_truth_set(spec, photos=self.photos, count=self.count, seed=self.seed, limits=limits)
+        return open_truth_set(spec, photos=self.photos, count=self.count, seeds=[self.seed], limits=limits)
 
 
 def calibration_text(calibration: Calibration) -> str:

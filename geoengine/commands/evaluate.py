@@ -81,7 +81,12 @@ _Count = Annotated[
     int | None,
     typer.Option(help="Photos drawn of the planet (default 200), or chosen at random from another set."),
 ]
-_Seed = Annotated[int, typer.Option(help="The same seed gives the same photos.")]
+_Seeds = Annotated[
+    list[int],
+    typer.Option(
+        "--seed", help="The same seed gives the same photos; of the planet, several give --count photos each."
+    ),
+]
 _Out = Annotated[
     Path | None,
     typer.Option(
@@ -115,7 +120,7 @@ def evaluate(
     photos: _Photos = None,
     places: _Places = None,
     count: _Count = None,
-    seed: _Seed = 1,
+    seed: _Seeds = [1],  # noqa: B006
     out: _Out = None,
     again: _Again = False,
     parquet: _Parquet = False,
@@ -156,8 +161,8 @@ def evaluate(
     configs = _configs(config, method, score or [], _widths(k, more_k))
     limits = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif=False).limits
     job = Job(data_set=data_set, out=out, again=again, together=together, geodesic=geodesic, parquet=parquet)
-    job.check(plots, seed)
-    truth = open_truth_set(data_set, photos=photos, table=places, count=count, seed=seed, limits=limits)
+    job.check(plots, max(seed))
+    truth = open_truth_set(data_set, photos=photos, table=places, count=count, seeds=seed, limits=limits)
     if training is not None:
         with waiting("looking for the photos among those of the training"):
             refuse_trained(truth, training)
