@@ -1,7 +1,9 @@
 """The parts of training: heads, losses, negatives, kept rows, shards and the command."""
 
 import errno
+import json
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from geoengine.training.features import CachedPhotos, CachedTiles, Frozen
 from geoengine.training.negatives import drawn, neighbours, pools, siblings, tile_keys, tiles_of_keys
 from geoengine.training.photos import Geometry, Shards
 from geoengine.training.processes import Processes, choose_precision
+from geoengine.training.recipe import Recipe
 from geoengine.training.rows import RowStore
 from geoengine.training.towers import Head, check_tower, trunk_tokens
 
@@ -345,6 +348,20 @@ def test_the_command_trains_on_shards_and_goes_on_where_it_is_done(earth):
     again = run(*arguments)
     assert (again.exit_code, "zoom 6: done before" in again.stderr) == (0, True)
     refused(run(*arguments, "--epochs", "2"), "recipe.epochs was 1 and is now 2")
+
+
+def test_every_part_of_a_recipe_is_an_option_of_the_command(earth):
+    values = {"epochs": 1, "batch": 6, "validation_batch": 7, "accumulate": 2, "lr": 3e-4, "scale": 20.0}
+    values |= {"projection_rate": 2.0, "weight_decay": 0.01, "schedule": "cosine", "siblings": 2, "pool": 3}
+    values |= {"neighbours": 1, "smoothing": 0.5, "ridge": 0.01}
+    options = [text for key, value in values.items() for text in (f"--{key.replace('_', '-')}", value)]
+    arguments = ["train", earth / "data", "--tiles", earth / "tiles", "--start", earth / "start"]
+    done = run(*arguments, "--levels", "4", "--out", earth / "run", "--calibrate", *options)
+    assert done.exit_code == 0, done.stderr
+    written = json.loads((earth / "run" / "run.json").read_text())
+    recipe = {key.removeprefix("recipe."): value for key, value in written.items() if "recipe." in key}
+    assert recipe == {"learning_rate": values.pop("lr"), "calibrate": True, **values}
+    assert set(recipe) == {field.name for field in fields(Recipe)}
 
 
 def test_the_command_refuses_what_makes_no_sense(earth):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +27,7 @@ _NEEDS = ("train", ("torch", "open_clip", "safetensors"), "training")
 
 
 def train(
+    context: typer.Context,
     data: Annotated[str, typer.Argument(help="Folder of shards from geoengine prepare, or planet.")],
     tiles: TilesOption = None,
     recipe: Annotated[str, typer.Option(help="paper or geoengine; what follows changes it.")] = "paper",
@@ -44,7 +46,14 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Times that each photo is seen at each zoom.")] = None,
     batch: Annotated[int | None, typer.Option(help="Photos of a step, over all processes.")] = None,
     validation_batch: Annotated[int | None, typer.Option(help="Photos of a validation batch.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    projection_rate: Annotated[
+        float | None, typer.Option(help="How much faster the projection and the temperature learn.")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Adam's, decoupled; 0: none.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Inverse temperature at the start. Default: the starting model's.")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="Of the learning rate: constant or cosine.")] = None,
     accumulate: Annotated[
         int | None, typer.Option(help="Parts that a step is computed in, to save memory.")
@@ -53,6 +62,9 @@ def train(
         int | None, typer.Option(help="Negatives per photo with the parent of its tile.")
     ] = None,
     neighbours: Annotated[int | None, typer.Option(help="Negatives per photo beside its tile.")] = None,
+    pool: Annotated[
+        int | None, typer.Option(help="Tiles of either kind that a photo's negatives are drawn from.")
+    ] = None,
     smoothing: Annotated[
         float | None, typer.Option(help="Reach of targets smoothed by distance, in tile sides; 0: none.")
     ] = None,
@@ -97,20 +109,7 @@ def train(
     from geoengine.training.processes import Processes
     from geoengine.training.trainer import TrainConfig, Trainer
 
-    chosen = _recipe(
-        recipe,
-        epochs=epochs,
-        batch=batch,
-        validation_batch=validation_batch,
-        learning_rate=lr,
-        schedule=schedule,
-        accumulate=accumulate,
-        siblings=siblings,
-        neighbours=neighbours,
-        smoothing=smoothing,
-        ridge=ridge,
-        calibrate=calibrate,
-    )
+    chosen = _recipe(recipe, context.params)
     config = TrainConfig(
         out=out,
         recipe=chosen,
@@ -156,15 +155,17 @@ def pretrain_planet(
     write_result(f"{out}\n")
 
 
-def _recipe(name: str, **changes: object) -> Recipe:
-    from geoengine.training.recipe import RECIPES, Schedule
+def _recipe(name: str, options: Mapping[str, Any]) -> Recipe:
+    """Return a recipe, changed by the options of the command that are called as its fields."""
+    from geoengine.training.recipe import RECIPES, Recipe, Schedule
 
     if name not in RECIPES:
         raise GeoEngineError(f"there is no recipe {name!r}: choose {' or '.join(RECIPES)}")
-    given = {key: value for key, value in changes.items() if value is not None}
+    names = [field.name for field in fields(Recipe)]
+    given = {key: options[key] for key in names if options.get(key) is not None}
     if "schedule" in given and given["schedule"] not in list(Schedule):
         raise GeoEngineError(f"schedule must be {' or '.join(Schedule)}, got {given['schedule']!r}")
-    return replace(RECIPES[name], **given)  # type: ignore[arg-type]  # typer has checked the values' types
+    return replace(RECIPES[name], **given)
 
 
 def _tiles(tiles: str | None, data: str) -> str:
