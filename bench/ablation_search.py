@@ -3,8 +3,8 @@
 Every cell (variant, beam width, seed) is written as soon as it is there, and a run goes on where the last one
 with the same bundle was stopped. Embeddings of tiles are kept in `--rows`, which makes later variants cheap.
 
-The planet has no population. Its priors are counts of the places that `geoengine train planet` draws, in tiles of
-a zoom: half of them are uniform over the land, as the photos here are, half in clusters.
+The planet has no population. Its priors are counts of the places that `geoengine train planet` draws, in
+tiles of a zoom: half of them are uniform over the land, as the photos here are, half in clusters.
 """
 
 from __future__ import annotations
@@ -106,11 +106,12 @@ def markdown(data: dict[str, Any]) -> str:
 
 _HEAD = f"""# The search's switches on the demo planet
 
-Photos that took no part in training or calibration; `python -m geoengine.bench.ablation_search` measures it again.
-`paper` and `path` are the two scores, the rest one switch each. The radius is calibrated only for the plain and centred
-searches, at the beam widths that were calibrated. The planet has no population: its priors count {PRIOR_PLACES:,} places
-that `geoengine train planet` draws, in tiles of a zoom, half of them uniform over the land, half in clusters. The photos here
-are uniform over the land, so that such a prior can tell little more than where land is.
+Photos that took no part in training or calibration; `python -m geoengine.bench.ablation_search` measures it
+again. `paper` and `path` are the two scores, the rest one switch each. The radius is calibrated only for the
+plain and centred searches, at the beam widths that were calibrated. The planet has no population: its priors
+count {PRIOR_PLACES:,} places that `geoengine train planet` draws, in tiles of a zoom, half of them uniform
+over the land, half in clusters. The photos here are uniform over the land, so that such a prior can tell little
+more than where land is.
 """
 
 

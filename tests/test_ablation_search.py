@@ -6,10 +6,11 @@ import pytest
 from tiny_bundle import write_tiny_bundle
 
 from geoengine.bench import ablation_search
-from geoengine.bench.ablation_search import VARIANTS, Plan, run, table
+from geoengine.bench.ablation_search import PRIORS, VARIANTS, Plan, markdown, run, table
 from geoengine.bench.calibrate import KnownPhotos, calibrate
 from geoengine.bench.truth import PlanetPhotos
 from geoengine.engine.engine import GeoEngine
+from geoengine.engine.scoring.density import PriorError, open_prior
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_cells_are_measured_once_and_pooled(engine, tmp_path, monkeypatch):
     assert len(data["cells"]) == len(VARIANTS) * 4
     text = table(data)
     assert text.count("\n") == 2 + len(VARIANTS) * 2
-    assert "| path, quota 2 | 2 | 6 |" in text
+    assert "| path, quota 2 | 2 | 6 |" in text and markdown(data).endswith(text)
     paper = [cell for cell in data["cells"] if cell["variant"] == "paper" and cell["k"] == 2]
     assert [cell["seed"] for cell in paper] == [1, 2]
     assert all(len(cell["errors_km"]) == cell["photos"] == 3 for cell in paper)
@@ -59,3 +60,11 @@ def test_more_photos_are_measured_again(engine, tmp_path):
     run(engine, Plan(variants=["paper"], photos={1: 1}, seeds=[1]), out)
     (cell,) = run(engine, Plan(variants=["paper"], photos={1: 2}, seeds=[1]), out)["cells"]
     assert cell["photos"] == 2
+
+
+def test_priors_of_the_planet_count_its_training_places(tmp_path):
+    for zoom in PRIORS.values():
+        prior = open_prior(str(ablation_search._prior(zoom, tmp_path)), "planet")
+        assert (prior.zoom, prior.counts.sum()) == (zoom, ablation_search.PRIOR_PLACES)
+        with pytest.raises(PriorError, match="of the world 'planet'"):
+            open_prior(str(tmp_path / f"planet-zoom-{zoom}.npz"), "earth")
