@@ -110,8 +110,8 @@ Photos that took no part in training or calibration; `python -m geoengine.bench.
 again. `paper` and `path` are the two scores, the rest one switch each. The radius is calibrated only for the
 plain and centred searches, at the beam widths that were calibrated. The planet has no population: its priors
 count {PRIOR_PLACES:,} places that `geoengine train planet` draws, in tiles of a zoom, half of them uniform
-over the land, half in clusters. The photos here are uniform over the land, so that such a prior can tell little
-more than where land is.
+over the land, half in clusters. The photos here are uniform over the land, so that such a prior can tell
+little more than where land is.
 """
 
 

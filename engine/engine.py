@@ -377,10 +377,12 @@ class GeoEngine:
     ) -> RadiusFit | None:
         """Return the radius that was fitted for searches of this kind; None where there is none."""
         alone = config.quota is None and config.prior is None and config.method is Method.tiles
-        if not (calibration.fitted and alone and config.objective == BEST_TILE):
+        if not (calibration.fitted and alone and config.within is None and config.objective == BEST_TILE):
             return None
         zooms = calibration.zooms or self.bundle.levels
         if tuple(level.zoom for level in levels) != zooms or any(level.late for level in levels):
+            return None
+        if any(level.exhaustive for level in levels[1:]):  # a beam loses the truth more often
             return None
         fit = calibration.fit(centred=config.centred)
         return fitted_radius(fit, config.score or Score.paper, config.k)

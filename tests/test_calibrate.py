@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from geoengine.engine.calibration import (
 )
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BundleError, GeoEngineError
+from geoengine.engine.index.building import build_index
 from geoengine.engine.manifest import encoder_hash
+from geoengine.engine.regions import parse_region
 from geoengine.engine.results import Level, ScoredTile
 from geoengine.engine.scoring.kinds import Objective, Score
 from geoengine.engine.scoring.mass import Mass, by_mass_within, softmax_shares
@@ -359,6 +362,27 @@ def test_radii_are_of_the_levels_that_were_calibrated(tmp_path):
         for levels in ((1, 2, 3), (1, 3), (1, 2)):
             (location,) = engine.locate([photo(1)], config=SearchConfig(k=4, levels=levels))
             assert location.radius_calibrated == (levels == (1, 2, 3))
+
+
+def test_searches_of_part_of_the_world_and_of_whole_levels_have_no_calibrated_radius(tmp_path):
+    """They drop the truth less often than the beams that the radii were fitted to."""
+    bundle = write_tiny_bundle(tmp_path / "two", levels=(1, 3))
+    with GeoEngine.open(bundle, NoiseTiles(), threads=1, row_cache=tmp_path / "rows") as engine:
+        calibrate(engine, known_photos(engine, 60), ks=(4,)).write(bundle)
+        build_index(tmp_path / "first", engine.bundle, engine.source, engine.backend, zooms=(1,))
+        build_index(tmp_path / "both", engine.bundle, engine.source, engine.backend, zooms=(1, 3))
+    config = SearchConfig(k=4, levels=(1, 3))
+    near = replace(config, within=parse_region("0,0,90,60"))
+    for index, given, calibrated in (
+        (None, config, True),
+        (None, near, False),
+        ("first", config, True),  # which every search scores whole
+        ("both", config, False),
+    ):
+        folder = None if index is None else tmp_path / index
+        with GeoEngine.open(bundle, NoiseTiles(), threads=1, index=folder) as engine:
+            (location,) = engine.locate([photo(1)], config=given)
+        assert location.radius_calibrated == calibrated, (index, given)
 
 
 def test_an_engine_with_an_index_is_refused(engine):
