@@ -165,6 +165,9 @@ def test_no_results_are_one_sentence(tmp_path):
     refused(run("bench", "report", tmp_path), "no results; `geoengine bench table1` makes some")
     refused(run("bench", "report", tmp_path, "--out", tmp_path / "new"), "no results")
     assert not (tmp_path / "new").exists()
+    (tmp_path / "made-2-cores").mkdir()
+    (tmp_path / "made-2-cores" / "kernels.json").write_text('{"cases": []}')
+    refused(run("bench", "report", tmp_path), "no results")
     refused(run("bench", "report", tmp_path / "none"), "there is no such folder")
 
 

@@ -17,7 +17,7 @@ def report(
         list[Path] | None,
         typer.Argument(
             help=f"Folders of results, of one machine or with folders of machines. Default: {DEFAULT_OUT}",
-            metavar="[FOLDER]...",
+            metavar="FOLDER",
             show_default=False,
         ),
     ] = None,
@@ -33,9 +33,11 @@ def report(
     """
     from geoengine.bench.suite import report as suite
 
-    found = suite.collect(folders or [DEFAULT_OUT])
+    folders = folders or [DEFAULT_OUT]
+    found = suite.collect(folders)
     if not found.documents:
-        for trouble in found.troubles:
+        nothing = f"{', '.join(map(str, folders))}: no results; `geoengine bench table1` makes some"
+        for trouble in found.troubles or [nothing]:
             complain(trouble)
         raise typer.Exit(Exit.FAILED)
     if as_json:
