@@ -21,7 +21,7 @@ lint: $(VENV)/test.stamp
 	$(VENV)/bin/mypy
 
 # Puts the figures of bench/results into the README and the report of all machines, bench/results/README.md.
-readme: $(VENV)/base.stamp
+readme: $(VENV)/test.stamp
 	$(VENV)/bin/python -m geoengine.bench.readme
 
 # Builds the service's web page; what it writes is committed. Needs Node 20 and npm.

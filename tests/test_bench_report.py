@@ -9,6 +9,7 @@ import pytest
 from command_line import refused, run
 
 from geoengine.bench.suite import report, results
+from geoengine.engine.errors import MissingExtraError
 
 
 def made(name="peers", machine="made-2-cores", **changes):
@@ -107,6 +108,19 @@ def test_a_benchmark_whose_module_is_missing(tmp_path, monkeypatch):
     put(tmp_path, made())
     monkeypatch.setattr(report, "_module", lambda name: None)
     assert shown(tmp_path)[1] == ["peers: this version cannot show it"]
+
+
+def test_without_what_draws_there_are_no_plots(tmp_path, module):
+    def plots(document):
+        raise MissingExtraError("drawing plots needs the extra `evaluate`")
+
+    module.plots = plots
+    put(tmp_path, made())
+    found = report.collect([tmp_path])
+    text = report.write(found, tmp_path / "out").read_text()
+    assert "seconds: 1.5" in text and "![" not in text
+    assert found.troubles == ["no plots of peers: drawing plots needs the extra `evaluate`"]
+    assert shown(tmp_path)[1] == [], "a terminal shows none anyway"
 
 
 def test_one_machine_measured_twice(tmp_path):

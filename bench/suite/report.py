@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 from geoengine.bench.readme import table
 from geoengine.bench.suite.results import ResultsError, make_folder, read, read_json, write_plots
+from geoengine.engine.errors import MissingExtraError
 from geoengine.engine.render.files import write_atomically
 
 TITLES = {
@@ -101,8 +102,8 @@ def _take(found: Collection, file: Path, folder: Path | None) -> None:
 def render(found: Collection, home: Path | None = None) -> tuple[str, dict[str, dict[str, str]]]:
     """Return the report as Markdown, and for each machine its plots, SVG texts by name.
 
-    With `home`, the folder of the report, it links to other reports there and shows the plots as they lie in
-    `home`: a folder for each machine.
+    With `home`, the folder of the report, it links to other reports, and plots are drawn and shown as they
+    will lie there: in a folder for each machine. What cannot be shown joins `troubles`.
     """
     sections = ["# Benchmarks\n", _machines(found)]
     plots: dict[str, dict[str, str]] = {}
@@ -118,8 +119,11 @@ def render(found: Collection, home: Path | None = None) -> tuple[str, dict[str, 
         for machine in machines:
             document = found.documents[machine, name]
             try:
-                drawn = dict(getattr(module, "plots", lambda _: {})(document))
                 text = module.tables(document)
+                drawn = dict(getattr(module, "plots", lambda _: {})(document)) if home else {}
+            except MissingExtraError as error:
+                troubles.append(f"no plots of {name}: {error}")
+                drawn = {}
             except _ODD as error:
                 troubles.append(
                     f"{name} of {machine}: its rows are not those that this version writes ({error!r}): "
@@ -127,7 +131,7 @@ def render(found: Collection, home: Path | None = None) -> tuple[str, dict[str, 
                 )
                 continue
             plots.setdefault(_folder_of(machine), {}).update(drawn)
-            sections.append(_section(machine, document, text, drawn if home else {}))
+            sections.append(_section(machine, document, text, drawn))
     if home and found.others:
         links = [f"- [{_link(path, home)}]({_link(path, home)})" for path in found.others]
         sections.append("## Other measurements\n\n" + "\n".join(links) + "\n")
