@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,7 @@ class Report:
     job: Mapping[str, Any]
     results: tuple[SettingFigures, ...]
     rows: tuple[PhotoRow, ...]
+    machine: Mapping[str, Any] = field(default_factory=lambda: machine())  # whose load changes
 
     @property
     def photos(self) -> int:
@@ -131,7 +132,7 @@ class Report:
             "embeddings_reused": self.reused,
             "distance": GEODESIC if self.geodesic else HAVERSINE,
             "job": dict(self.job),
-            "machine": machine(),
+            "machine": dict(self.machine),
             "results": [figures.to_dict() for figures in self.results],
         }
 
