@@ -130,7 +130,7 @@ def speed_table(table1: Sequence[dict[str, Any]]) -> str:
                 seconds = duration(row[kind]["median"]) if row[kind] else "–"
                 cells.append(f"{seconds} ({ratio[kind]} x)" if kind in ratio else seconds)
             again = duration(row["paper"]["extrapolated_s"]) if row["paper"] else "–"
-            rows.append([_where(document), row["k"], f"{row['tiles']:g}", *cells, again])
+            rows.append([_where(document), row["k"], f"{row['tiles']:,.0f}", *cells, again])
     if not rows:
         return f"\n{NOT_MEASURED}\n"
     header = [

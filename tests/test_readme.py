@@ -90,9 +90,9 @@ def test_figures_of_speed_come_with_machine_and_date():
     first, second = readme.speed_table([table1()]).strip().splitlines()[2:]
     assert (
         first
-        == "| 2 cores of Made (2026-01-02) | 16 | 1792 | 20 s (15 x) | – | 42.1 ms (7,126 x) | 5.0 min |"
+        == "| 2 cores of Made (2026-01-02) | 16 | 1,792 | 20 s (15 x) | – | 42.1 ms (7,126 x) | 5.0 min |"
     )
-    assert second == "| 2 cores of Made (2026-01-02) | 64 | 1792 | 20 s | – | 42.1 ms | – |"
+    assert second == "| 2 cores of Made (2026-01-02) | 64 | 1,792 | 20 s | – | 42.1 ms | – |"
 
 
 def test_what_was_not_measured_is_called_so():
