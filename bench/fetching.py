@@ -9,45 +9,18 @@ what the machine and the server allow.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import multiprocessing
 import socket
 import statistics
 import sys
 import threading
 import time
 from contextlib import closing
-from multiprocessing.connection import Connection
 
 import numpy as np
 
+from geoengine.bench.suite.network import serving
 from geoengine.engine.sources.decoders import made_tile
-
-
-def serve(latency_s: float, port: Connection) -> None:
-    """Answer each request with the same tile, `latency_s` after it came, for ever; sends its port first."""
-    body = made_tile()
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n\r\n"
-    answer = head.encode() + body
-
-    class Protocol(asyncio.Protocol):
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            assert isinstance(transport, asyncio.Transport)
-            self.transport, self.received = transport, b""
-
-        def data_received(self, data: bytes) -> None:
-            self.received += data
-            while b"\r\n\r\n" in self.received:
-                self.received = self.received.partition(b"\r\n\r\n")[2]
-                asyncio.get_running_loop().call_later(latency_s, self.transport.write, answer)
-
-    async def run() -> None:
-        server = await asyncio.get_running_loop().create_server(Protocol, "127.0.0.1", 0, backlog=256)
-        port.send(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    asyncio.run(run())
 
 
 def fetch_plainly(port: int, connections: int, tiles: int) -> float:
@@ -61,7 +34,7 @@ def fetch_plainly(port: int, connections: int, tiles: int) -> float:
                 with lock:
                     if next(left, None) is None:
                         return
-                connection.sendall(b"GET /tile HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                connection.sendall(b"GET /0/0/0.jpg HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 received = connection.recv(1 << 16)
                 head, _, body = received.partition(b"\r\n\r\n")
                 missing = int(head.lower().partition(b"content-length: ")[2].split()[0]) - len(body)
@@ -104,21 +77,13 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=1792)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    latency_s = options.latency_ms / 1e3
-    ours, theirs = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
-    server = context.Process(target=serve, args=(latency_s, theirs), daemon=True)
-    server.start()
-    port = ours.recv()
     plain, source = [], []
-    try:
+    with serving([made_tile()], options.latency_ms) as port:
         for number in range(options.rounds):
             plain.append(fetch_plainly(port, options.connections, options.tiles))
             source.append(fetch_with_source(port, options.connections, options.tiles))
             print(f"round {number + 1}: plain {plain[-1]:.0f}/s, source {source[-1]:.0f}/s", file=sys.stderr)
-    finally:
-        server.terminate()
-    ideal = options.connections / latency_s
+    ideal = 1e3 * options.connections / options.latency_ms
     result = {
         "ideal_tiles_per_s": round(ideal, 1),
         "plain_tiles_per_s": round(statistics.median(plain), 1),

@@ -87,18 +87,27 @@ class PooledTiles:
 
     def read(self, z: int, xy: NDArray[np.int64]) -> Iterator[TileBatch]:
         """Yield the pictures of the tiles."""
-        mixed = (xy[:, 0] * 73_856_093 ^ xy[:, 1] * 19_349_663 ^ z * 83_492_791) & 0xFFFFFFF
-        picture = mixed % (1 << (2 * POOL_ZOOM))
-        chosen = np.stack([picture >> POOL_ZOOM, picture & ((1 << POOL_ZOOM) - 1)], axis=1)
-        marks = np.column_stack([np.full(len(xy), z), xy]).astype("<u4").view(np.uint8)  # (tiles, 12)
-        for batch in self._pool.read(POOL_ZOOM, chosen):
-            pixels = batch.pixels.copy()
-            pixels[:, 0, :4] = marks[batch.positions].reshape(-1, 4, 3)
-            yield TileBatch(batch.positions, pixels)
+        for batch in self._pool.read(POOL_ZOOM, pool_xy(z, xy)):
+            yield TileBatch(batch.positions, marked(batch.pixels, z, xy[batch.positions]))
 
     def close(self) -> None:
         """Close the file."""
         self._pool.close()
+
+
+def pool_xy(z: int, xy: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return which of the pool's tiles of `POOL_ZOOM` stand for tiles of a zoom, int64[n, 2] both."""
+    mixed = (xy[:, 0] * 73_856_093 ^ xy[:, 1] * 19_349_663 ^ z * 83_492_791) & 0xFFFFFFF
+    picture = mixed % (1 << (2 * POOL_ZOOM))
+    return np.stack([picture >> POOL_ZOOM, picture & ((1 << POOL_ZOOM) - 1)], axis=1)
+
+
+def marked(pixels: NDArray[np.uint8], z: int, xy: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return a copy of uint8[n, S, S, 3] in which each picture has its tile's address in the first pixels."""
+    marks = np.column_stack([np.full(len(xy), z), xy]).astype("<u4").view(np.uint8)  # (n, 12)
+    copy = pixels.copy()
+    copy[:, 0, :4] = marks.reshape(-1, 4, 3)
+    return copy
 
 
 def tile_pool(folder: Path | None = None) -> Path:

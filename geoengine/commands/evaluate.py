@@ -32,7 +32,7 @@ from geoengine.commands.options import (
     TilesOption,
     WithinOption,
 )
-from geoengine.commands.orders import EngineOrder, ScoringOrder, SearchOrder, search_config
+from geoengine.commands.orders import EngineOrder, ScoringOrder, SearchOrder, beam_widths, search_config
 from geoengine.commands.terminal import Exit, complain, progress_bar, waiting, write_result
 from geoengine.engine.errors import GeoEngineError, MissingExtraError
 from geoengine.engine.scoring.kinds import BEST_TILE, Method, Score
@@ -158,7 +158,7 @@ def evaluate(
 
     scoring = ScoringOrder(quota=quota, centred=centred, objective=objective, prior=prior)
     config = search_config(1, levels, 1, within, deadline, overzoom, scoring)
-    configs = _configs(config, method, score or [], _widths(k, more_k))
+    configs = _configs(config, method, score or [], beam_widths(k, more_k))
     limits = SearchOrder.parse(config, levels is None, max_megapixels, compare_exif=False).limits
     job = Job(data_set=data_set, out=out, again=again, together=together, geodesic=geodesic, parquet=parquet)
     job.check(plots, max(seed))
@@ -239,15 +239,6 @@ class Job:
             return make_report(
                 engine, truth, configs, results, together=self.together, geodesic=self.geodesic
             )
-
-
-def _widths(given: Sequence[str], more: Sequence[int] | None) -> list[int]:
-    """Return the beam widths of `--k 16,32 --k 64` and of the numbers after it; raises GeoEngineError."""
-    try:
-        widths = [int(part) for text in given for part in text.split(",")]
-    except ValueError:
-        raise GeoEngineError(f"beam widths are numbers such as --k 16,32,64, got {' '.join(given)}") from None
-    return [*widths, *(more or [])]
 
 
 def _configs(

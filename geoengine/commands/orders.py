@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,15 @@ class ScoringOrder:
     objective: str = "best-tile"
     prior: str | None = None
     method: Method = Method.tiles
+
+
+def beam_widths(given: Sequence[str], more: Sequence[int] | None) -> list[int]:
+    """Return the beam widths of `--k 16,32 --k 64` and of the numbers after it; raises GeoEngineError."""
+    try:
+        widths = [int(part) for text in given for part in text.split(",")]
+    except ValueError:
+        raise GeoEngineError(f"beam widths are numbers such as --k 16,32,64, got {' '.join(given)}") from None
+    return [*widths, *(more or [])]
 
 
 def search_config(
