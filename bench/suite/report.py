@@ -110,11 +110,12 @@ def render(found: Collection, home: Path | None = None) -> tuple[str, dict[str, 
     troubles = list(found.troubles)
     for name in found.benchmarks():
         machines = found.machines(name)
-        sections.append(f"## {_cell(name)}: {TITLES[_base(name)]}\n")
-        module = _module(name)
-        if module is None:
-            troubles.append(f"{name}: this version cannot show it")
+        try:
+            module = _module(name)
+        except ImportError as error:
+            troubles.append(f"{name}: this version cannot show it ({error})")
             continue
+        sections.append(f"## {_cell(name)}: {TITLES[_base(name)]}\n")
         sections.append(_side_by_side({m: found.documents[m, name] for m in machines}, module))
         for machine in machines:
             document = found.documents[machine, name]
@@ -145,11 +146,9 @@ def _base(name: str) -> str:
     return name.partition("-")[0]
 
 
-def _module(name: str) -> Benchmark | None:
-    try:
-        return cast(Benchmark, importlib.import_module(f"geoengine.bench.suite.{_base(name)}"))
-    except ImportError:
-        return None
+def _module(name: str) -> Benchmark:
+    """Return a benchmark's module; raises ImportError."""
+    return cast(Benchmark, importlib.import_module(f"geoengine.bench.suite.{_base(name)}"))
 
 
 def _section(machine: str, document: Document, text: str, drawn: Iterable[str]) -> str:
@@ -169,27 +168,12 @@ def _machines(found: Collection) -> str:
     """Return a table of the machines, and one of what was measured when."""
     if not found.documents:
         return ""
-    hardware: list[list[object]] = [
-        ["machine", "processor", "cores", "GPU", "memory", "system", "Python", "packages"]
-    ]
+    columns = []
     for machine in found.machines():
-        about = [doc["machine"] for (own, _), doc in found.documents.items() if own == machine][-1]
-        gpu, driver = about.get("gpu"), about.get("driver")
-        packages = about.get("packages")
-        hardware.append(
-            [
-                machine,
-                about.get("cpu"),
-                about.get("cores"),
-                f"{gpu}, driver {driver}" if gpu and driver else gpu or "none",
-                f"{about['memory_gib']} GiB" if "memory_gib" in about else None,
-                about.get("system"),
-                about.get("python"),
-                ", ".join(f"{name} {version}" for name, version in packages.items())
-                if isinstance(packages, dict)
-                else None,
-            ]
-        )
+        own = [doc["machine"] for (name, _), doc in found.documents.items() if name == machine]
+        columns.append([machine, *_hardware(max(own, key=lambda about: str(about.get("date"))))])
+    labels = ["", "processor", "cores", "GPU", "memory", "system", "Python", "packages"]
+    hardware = list(zip(labels, *columns, strict=True))
     runs: list[list[object]] = [
         ["machine", "benchmark", "date", "commit", "load at the start", "rows", "state"]
     ]
@@ -199,6 +183,22 @@ def _machines(found: Collection) -> str:
         told = [about.get(what) for what in ("date", "commit", "load")]
         runs.append([machine, name, *told, len(document["rows"]), state])
     return "## Machines\n" + _table(hardware) + "\n## Runs\n" + _table(runs)
+
+
+def _hardware(about: Mapping[str, Any]) -> list[object]:
+    """Return what the table of machines says of one."""
+    gpu, driver, packages = (about.get(what) for what in ("gpu", "driver", "packages"))
+    return [
+        about.get("cpu"),
+        about.get("cores"),
+        f"{gpu}, driver {driver}" if gpu and driver else gpu or "none",
+        f"{about['memory_gib']} GiB" if "memory_gib" in about else None,
+        about.get("system"),
+        about.get("python"),
+        ", ".join(f"{name} {version}" for name, version in packages.items())
+        if isinstance(packages, dict)
+        else None,
+    ]
 
 
 def _side_by_side(documents: Mapping[str, Document], module: Benchmark) -> str:
@@ -283,10 +283,7 @@ def as_json(found: Collection) -> dict[str, Any]:
 
 
 def _key_figures(name: str, document: Document) -> dict[str, str] | None:
-    module = _module(name)
-    if module is None:
-        return None
     try:
-        return module.key_figures(document)
-    except _ODD:
+        return _module(name).key_figures(document)
+    except (ImportError, *_ODD):
         return None
