@@ -204,8 +204,11 @@ def percent(share: float) -> str:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write both files, and the planet's tables in the guides."""
+    from geoengine.bench import planet_tables
     from geoengine.bench.suite import report
+
+    planet_tables.main()
 
     README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
     report.write(report.collect([RESULTS]), RESULTS)
