@@ -92,9 +92,9 @@ def recall_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def headline(results: Sequence[dict[str, Any]]) -> str:
-    """Return the share within 1 km at k = 16, with the path score where that was measured."""
+    """Return the share of how many photos within 1 km at k = 16, with the path score where it was measured."""
     result = [result for result in results if result["k"] == 16][-1]
-    return percent(next(iter(result["within_km"].values()))["share"])
+    return f"{percent(next(iter(result['within_km'].values()))['share'])} of {result['photos']} photos"
 
 
 def claim(table1: Sequence[dict[str, Any]]) -> str:
