@@ -92,7 +92,7 @@ def recall_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def headline(results: Sequence[dict[str, Any]]) -> str:
-    """Return the share of how many photos within 1 km at k = 16, with the path score where it was measured."""
+    """Return the share within 1 km at k = 16 and of how many photos, of the path score where there is one."""
     result = [result for result in results if result["k"] == 16][-1]
     return f"{percent(next(iter(result['within_km'].values()))['share'])} of {result['photos']} photos"
 
