@@ -147,11 +147,9 @@ def speed_table(table1: Sequence[dict[str, Any]]) -> str:
 
 def _ratios(row: Mapping[str, Any]) -> dict[str, str]:
     """Return how many times as fast as the paper's procedure in the same run each kind of search is."""
-    if not row["paper"]:
-        return {}
-    again = row["paper"]["extrapolated_s"]
-    ratios = {kind: again / row[kind]["median"] for kind in _KINDS if row[kind]}
-    return {kind: f"{ratio:,.1f}" if ratio < 10 else f"{ratio:,.0f}" for kind, ratio in ratios.items()}
+    from geoengine.bench.suite.table1_tables import speedups
+
+    return {kind: f"{ratio:,.1f}" if ratio < 10 else f"{ratio:,.0f}" for kind, ratio in speedups(row).items()}
 
 
 def _where(document: Mapping[str, Any]) -> str:
