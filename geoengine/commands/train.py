@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -120,8 +121,8 @@ def train(
         save_every=save_every,
         levels=LEVELS if levels is None else parse_levels(levels),
     )
-    source = open_source(_tiles(tiles, data))
-    with Processes.join(device) as processes, progress_bar("starting") as show:
+    opened = closing(open_source(_tiles(tiles, data)))
+    with opened as source, Processes.join(device) as processes, progress_bar("starting") as show:
         begin = _start(data, model, pretrained, start)
         Trainer(
             begin,
@@ -132,7 +133,6 @@ def train(
             say=_say if processes.first else _nothing,
             progress=show,
         ).run()
-    source.close()
     if processes.first:
         write_result(f"{out}\n")
 
