@@ -202,12 +202,13 @@ def percent(share: float) -> str:
 
 
 def main() -> None:
-    """Write both files, and the planet's tables in the guides."""
-    from geoengine.bench import planet_tables
+    """Write both files, and the tables in the guides."""
+    from geoengine.bench import bulk_cost_tables, planet_tables
     from geoengine.bench.suite import report
 
     planet_tables.main()
-
+    guide = bulk_cost_tables.DOCUMENT
+    guide.write_text(bulk_cost_tables.render(guide.read_text(encoding="utf-8")), encoding="utf-8")
     README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
     report.write(report.collect([RESULTS]), RESULTS)
 
