@@ -1,4 +1,4 @@
-"""Cosine top-k under pytest-benchmark: `pytest bench/benchmark_kernels.py`; plain `pytest` leaves it out."""
+"""Cosine top-k beside its peers under pytest-benchmark: `pytest bench`; more cases are in `bench.kernels`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _TABLES: dict[tuple[int, int], Table] = {}
 @pytest.mark.parametrize(
     "method", [READ, *OURS, "NumPy fp32", "PyTorch fp32", "PyTorch bf16", "faiss flat fp32"]
 )
-@pytest.mark.parametrize("k", [16, 64])
+@pytest.mark.benchmark(max_time=0.1, min_rounds=3)
+@pytest.mark.parametrize("k", [16])
 @pytest.mark.parametrize("m", [1, 16])
-@pytest.mark.parametrize(("n", "d"), [(256, 512), (1024, 512), (65_536, 512), (65_536, 768)])
+@pytest.mark.parametrize(("n", "d"), [(256, 512), (65_536, 512)])
 def test_search(benchmark: Any, method: str, n: int, d: int, m: int, k: int) -> None:  # noqa: ANN401
     """Time one method on one case."""
     if (n, d) not in _TABLES:

@@ -15,6 +15,7 @@ from geoengine.bench.suite.results import Results
 from geoengine.bench.suite.timing import Spread
 from geoengine.cli import app
 from geoengine.engine.engine import GeoEngine
+from geoengine.engine.errors import SourceError
 from geoengine.engine.results import Level, ScoredTile
 from geoengine.engine.sources import planet
 from geoengine.engine.tiles import LEVELS, LngLat, Tile, great_circle_km
@@ -118,6 +119,15 @@ def test_followed_encoders_do_all_the_work(tmp_path, monkeypatch):
         scale.follow(series, [np.zeros((9, 9, 3), np.uint8)] * 2, levels, 4)
     assert sum(encoded) == 2 + scale.tiles_of(levels)["distinct"] == 2 + 2 + 3
     assert ranked == [2, 2]
+
+
+def test_missing_tiles_are_an_error(tmp_path):
+    with tiny_engine(tmp_path / "tiny") as engine:
+        engine.source.missing = lambda z, x, y: x == 7
+        series = scale.Series("", engine)
+        levels = {3: {0: np.array([[6, 0], [7, 0]])}}
+        with pytest.raises(SourceError, match="lacks tiles of zoom 3"):
+            scale.follow(series, [np.zeros((9, 9, 3), np.uint8)], levels, 4)
 
 
 def test_rows_of_an_index(tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ from geoengine.bench.suite.scale_tables import GOAL_PHOTOS, key_figures, plots, 
 from geoengine.bench.suite.timing import Spread
 from geoengine.engine.bundle import PLANET, EngineBundle
 from geoengine.engine.engine import GeoEngine
+from geoengine.engine.errors import SourceError
 from geoengine.engine.level import Reading, embed_level
 from geoengine.engine.manifest import encoder_name
 from geoengine.engine.results import Location
@@ -67,7 +68,7 @@ class ScaleSettings:
 
     parts: tuple[str, ...] = PARTS
     bundle: str | None = None
-    seconds: float = 170.0
+    seconds: float = 230.0
     k: int = 16
     counts: tuple[int, ...] = COUNTS
     index_rows: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7)
@@ -295,7 +296,10 @@ def tiles_at(levels: Sequence[int], k: int) -> int:
 def follow(
     series: Series, photos: Sequence[NDArray[np.uint8]], levels: Mapping[int, Candidates], k: int
 ) -> None:
-    """Do all the work of a search whose beams are given: photos and tiles embedded, tiles ranked."""
+    """Do all the work of a search whose beams are given: photos and tiles embedded, tiles ranked.
+
+    Raises SourceError when a tile is missing: the time would be that of less work.
+    """
     engine = series.engine
     queries = engine.embed_photos([engine.prepare(photo) for photo in photos])
     reading = Reading(
@@ -307,6 +311,10 @@ def follow(
     )
     for zoom, candidates in levels.items():
         tiles = embed_level(reading, None, zoom, candidates.values())
+        if (tiles.rows < 0).any():
+            raise SourceError(
+                f"tile source {engine.source.name} lacks tiles of zoom {zoom}: give one of all tiles"
+            )
         _exhaust(tiles.rank(candidates, queries, k))
 
 

@@ -32,7 +32,7 @@ _Json = Annotated[bool, typer.Option("--json", help="The results as a JSON objec
 def scale(
     parts: _Parts = None,
     bundle: BundleOption = None,
-    seconds: _Seconds = 170.0,
+    seconds: _Seconds = 230.0,
     out: OutOption = DEFAULT_OUT,
     again: AgainOption = False,
     as_json: _Json = False,
