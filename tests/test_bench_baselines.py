@@ -124,7 +124,7 @@ def test_pytest_shows_and_fails(pytester, clock, tmp_path, monkeypatch):
 
     def run(*options):
         path = tmp_path / "own.json"
-        return pytester.runpytest_inprocess("-p", "no:cacheprovider", "--baselines", path, *options)
+        return pytester.runpytest_inprocess("-p", "no:cacheprovider", f"--baselines={path}", *options)
 
     run().stdout.fnmatch_lines(["*no baselines in*"])
     run("--write-baselines").stdout.fnmatch_lines(["*stored in*"])
