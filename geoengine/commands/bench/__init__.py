@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from geoengine.commands.bench import report, scale, table1
+from geoengine.commands.bench import report, scale, stages, table1
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -12,6 +12,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Measure what the engine costs on this machine, and beside what a user would take instead.",
 )
+app.command()(stages.stages)
 app.command()(table1.table1)
 app.command()(scale.scale)
 app.command()(report.report)
