@@ -55,12 +55,11 @@ def _rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _conditions(facts: Mapping[str, Any]) -> str:
-    weights = "random weights" if facts["weights"] == "random" else f"weights {facts['weights']}"
     tiles = facts["tiles"]
     if facts["network_ms"] is not None:
         tiles = f"a server on this machine that answers after {facts['network_ms']:g} ms, without a cache"
     return (
-        f"{facts['model']}, {weights}, {facts['backend']} {facts['precision']}; {facts['photos']}; tiles "
+        f"{facts['model']}, {facts['backend']} {facts['precision']}; {facts['photos']}; tiles "
         f"from {tiles}. Seconds are of one photo from its pixels to the answer, encoders loaded: median "
         "(least - most) over the photos. Indexed: zooms 4, 6 and 8 in an index, whose rows are random, since "
         "scoring costs the same, and nothing else known. Known: all tiles were met in a search before. "
@@ -153,7 +152,7 @@ def _accuracies(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> 
             f"{100 * s['share']:.0f} % ({100 * s['ci95'][0]:.0f} - {100 * s['ci95'][1]:.0f})" for s in shares
         ]
         error = own["median_km"]
-        body.append([str(row["k"]), str(own["photos"]), *cells, "-" if error is None else f"{error:.0f}"])
+        body.append([str(row["k"]), str(own["photos"]), *cells, _kilometres(error)])
     note = "Shares with 95 % intervals, of the search with nothing known."
     if facts["world"] == "planet":
         note += " The planet is made up: figures of it are no figures of Earth."
@@ -190,6 +189,12 @@ def _met(met: bool) -> str:
 
 def _gigabytes(row: Mapping[str, Any]) -> float:
     return float(row["peak_mib"]) * 2**20 / 1e9
+
+
+def _kilometres(error: float | None) -> str:
+    if error is None:
+        return "-"
+    return f"{error:.2g}" if error < 10 else f"{error:,.0f}"
 
 
 def _seconds(seconds: float) -> str:
