@@ -213,7 +213,7 @@ def _svg(draw: Any, x_labels: Sequence[str], y_labels: Sequence[str]) -> str:  #
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(color="#e5e5e5", linewidth=0.6)
             axis.set_axisbelow(True)
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
