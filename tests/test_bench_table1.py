@@ -334,17 +334,20 @@ def test_goals_are_stated_for_the_papers_model():
     facts |= {"tiles": "pool.mbtiles", "photos": "drawn photos", "accuracy_note": "no accuracy: drawn"}
     facts |= {"backend": "openvino", "precision": "int8", "on_gpu": False}
     facts |= {"paper": {"torch": "2", "threads": 2, "device": "cpu"}}
-    document = {"facts": facts, "rows": [largest, row]}
+    machine = {"load": 0.4, "cores": 2}
+    document = {"machine": machine, "facts": facts, "rows": [largest, row]}
     text = table1.tables(document)
     assert table1.speedups(row) == pytest.approx({"cold": 8.96, "indexed": 17.92, "warm": 896})
     for line in ("9.0 | met", "17.9 | met", "896.0 | met", "3.15 GB | not met", "| 51.8 |", "100 of 1792"):
         assert line in text, line
+    assert "flatter us" not in text
+    assert "flatter us" in table1.tables(document | {"machine": machine | {"load": 7.0}})
     slow = row | {"cold": {**SPREAD, "median": 20.0}}
-    assert "4.5 | not met" in table1.tables({"facts": facts, "rows": [slow]})
-    gpu = table1.tables({"facts": facts | {"on_gpu": True}, "rows": [row]})
+    assert "4.5 | not met" in table1.tables(document | {"rows": [slow]})
+    gpu = table1.tables(document | {"facts": facts | {"on_gpu": True}, "rows": [row]})
     assert "at most 100 ms | 10 s | not met" in gpu
     assert table1.key_figures(document)["k=16, times the paper's procedure"] == "9.0"
-    assert table1.tables({"facts": {}, "rows": []}) == "No k has been measured yet.\n"
+    assert table1.tables(document | {"facts": {}, "rows": []}) == "No k has been measured yet.\n"
 
 
 def test_an_interrupted_run_keeps_its_rows(world, tmp_path):

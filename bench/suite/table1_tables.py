@@ -46,7 +46,7 @@ def tables(document: Mapping[str, Any]) -> str:
     if not rows:
         return "No k has been measured yet.\n"
     parts = [_conditions(facts), _times(rows), _ratios(rows, facts)]
-    parts += [_accuracies(rows, facts), _goals(rows, facts)]
+    parts += [_crowded(document), _accuracies(rows, facts), _goals(rows, facts)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -135,6 +135,18 @@ def _how_extrapolated(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any
         f"(eager, float32, {about['device']}, {about['threads']} threads, random weights of the same size), "
         "ran in turn with ours, and its seconds are extrapolated by the number of tiles: "
         f"{'; '.join(measured)}."
+    )
+
+
+def _crowded(document: Mapping[str, Any]) -> str:
+    """Say when other work makes the ratios doubtful, "" when it does not."""
+    machine = document["machine"]
+    if machine["load"] <= machine["cores"]:
+        return ""
+    return (
+        f"The load was {machine['load']:g} on {machine['cores']} cores when this began: two threads that "
+        "wait for each other at every layer, as PyTorch's do, suffer more from other work than ours, so that "
+        "the ratios flatter us. Measure on a quiet machine."
     )
 
 
