@@ -52,7 +52,10 @@ class Case(NamedTuple):
 
 
 class Table:
-    """Rows of random direction and length 1, in the forms that the methods read."""
+    """Rows of random direction and length 1, in the forms that the methods read.
+
+    `missing` are peers that are not installed, each with the command that installs it.
+    """
 
     def __init__(self, n: int, d: int, threads: int) -> None:
         rng = np.random.default_rng(n + d)
@@ -64,11 +67,18 @@ class Table:
         self.half = self.single.astype(np.float16)
         self.threads = threads
         self.methods: dict[str, Method] = {READ: self._reader(), **self._ours()}
-        for peer in (self._numpy, self._torch, self._faiss, self._usearch):
+        self.missing: dict[str, str] = {}
+        peers = {
+            self._numpy: ("NumPy fp32", "numpy"),
+            self._torch: ("PyTorch", "torch"),
+            self._faiss: ("faiss", "faiss-cpu"),
+            self._usearch: ("usearch exact fp16", "usearch"),
+        }
+        for peer, (name, package) in peers.items():
             try:
                 self.methods |= peer()
-            except ImportError as error:
-                print(f"left out: {error}")
+            except ImportError:
+                self.missing[name] = f"pip install {package}"
 
     def _reader(self) -> Method:
         words = self.half.reshape(-1).view(np.uint64 if self.half.size % 4 == 0 else np.uint16)
@@ -148,6 +158,8 @@ def run(cases: list[Case], seconds: float, threads: int) -> Iterator[dict[str, A
         if ready is None or ready.single.shape != (case.n, case.d):
             ready = None  # gives the memory back before the next table takes it
             ready = Table(case.n, case.d, threads)
+            for name, hint in ready.missing.items():
+                print(f"left out: {name}: {hint}")
         queries = np.random.default_rng(1).standard_normal((case.m, case.d)).astype(np.float32)
         times = turns(ready.methods, queries, case.k, seconds)
         bandwidth = ready.half.nbytes / float(np.median(times[READ])) / 1e9

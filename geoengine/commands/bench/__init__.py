@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from geoengine.commands.bench import report, scale, stages, table1
+from geoengine.commands.bench import peers, report, scale, stages, table1
 from geoengine.commands.terminal import PlainGroup
 
 app = typer.Typer(
@@ -14,5 +14,6 @@ app = typer.Typer(
 )
 app.command()(stages.stages)
 app.command()(table1.table1)
+app.command()(peers.peers)
 app.command()(scale.scale)
 app.command()(report.report)
