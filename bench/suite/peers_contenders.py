@@ -252,7 +252,7 @@ def _nncf(tower: Tower, setting: Setting, stack: contextlib.ExitStack) -> Encode
 def _fastembed(tower: Tower, setting: Setting, stack: contextlib.ExitStack) -> Encode:
     """Start fastembed over the stock file in a process of its own; a pipe carries the pictures.
 
-    The pipe costs milliseconds for a batch. fastembed decodes no more than we do: it gets pictures, not files.
+    The pipe costs milliseconds for a batch. fastembed decodes no more than ours do: it gets pictures.
     """
     folder = tower.stock_onnx.parent
     config = {

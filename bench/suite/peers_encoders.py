@@ -55,10 +55,12 @@ def measure_encoders(setting: Setting, rounds: int, results: Results, progress: 
         with tempfile.TemporaryDirectory(prefix="geoengine-peers-") as folder:
             progress(0, used + 1, f"{kind} tower: being made")
             tower = random_tower(Path(folder), outliers=kind == "outliers")
-            contenders = compare(
-                tower, setting, batches, lambda *at, kind=kind: progress(*at[:2], f"{kind} tower: {at[2]}")
-            )
+            contenders = compare(tower, setting, batches, _prefixed(progress, f"{kind} tower"))
         results.add(kind, part="encoders", contenders=contenders)
+
+
+def _prefixed(progress: Progress, prefix: str) -> Progress:
+    return lambda done, total, what: progress(done, total, f"{prefix}: {what}")
 
 
 def compare(
@@ -205,7 +207,7 @@ def encoder_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def worst(row: Mapping[str, Any], figure: str) -> float:
     """Return an encoder's worst figure over the towers: the least cosine or overlap, the most difference."""
-    values = [row[kind][figure] for kind in TOWERS if kind in row]
+    values = [float(row[kind][figure]) for kind in TOWERS if kind in row]
     return max(values) if figure == "batch_difference" else min(values)
 
 
@@ -233,9 +235,9 @@ def goal_text(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"Goal: met: no peer is about as right as {ours['name']}."
     share = ours["images_per_second"] / peer["images_per_second"]
     text = (
-        f"Goal, at least {100 * GOAL:.0f} % of the speed of the best peer that errs at most {COMPARABLE:.0f} times "
-        f"as much: {'met' if share >= GOAL else 'not met'}, {ours['name']} has {100 * share:.0f} % of "
-        f"{peer['name']}'s speed."
+        f"Goal, at least {100 * GOAL:.0f} % of the speed of the best peer that errs at most {COMPARABLE:.0f} "
+        f"times as much: {'met' if share >= GOAL else 'not met'}, {ours['name']} has {100 * share:.0f} % "
+        f"of the speed of {peer['name']}."
     )
     fastest = max(
         (row for row in rows if "images_per_second" in row and not row["ours"]),
@@ -243,8 +245,8 @@ def goal_text(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     if fastest["name"] != peer["name"]:
         text += (
-            f" The fastest peer of all, {fastest['name']}, has {fastest['ratio_to_ours']:.2f} times ours, and its "
-            f"cosine falls to {worst(fastest, 'min_cosine'):.4f} (ours: {worst(ours, 'min_cosine'):.4f})."
+            f" The fastest peer of all, {fastest['name']}, has {fastest['ratio_to_ours']:.2f} times ours, "
+            f"and its cosine falls to {worst(fastest, 'min_cosine'):.4f} (ours: {worst(ours, 'min_cosine'):.4f})."
         )
     return text
 
@@ -283,8 +285,8 @@ def encoders_text(document: Mapping[str, Any]) -> str:
         lines.append([name, *cells, f"{worst(row, 'batch_difference'):.0e}"])
     settings = document["settings"]
     about = (
-        f"ViT-B/32 at 224 pixels, batches of {settings['batch']}, medians of {settings['rounds']} rounds in which "
-        f"all take turns; ours in bold. Random weights, and again with outlier channels as trained towers have "
-        "them; cosines and the 16 best tiles are compared with PyTorch eager in fp32.\n"
+        f"ViT-B/32 at 224 pixels, batches of {settings['batch']}, medians of {settings['rounds']} rounds in "
+        "which all take turns; ours in bold. Random weights, and again with outlier channels as trained "
+        "towers have them; cosines and the 16 best tiles are compared with PyTorch eager in fp32.\n"
     )
     return about + table([*header, "batch changes it by"], lines) + "\n" + goal_text(rows) + "\n"

@@ -1,4 +1,4 @@
-"""Scoring beside each other: `cosine_topk` and the libraries that a user would take, the same rows and queries.
+"""Scoring beside each other: `cosine_topk` and what a user would take, over the same rows and queries.
 
 Beside the time stands which of the truly best rows a method finds, since rounded rows may give others.
 """
@@ -117,8 +117,8 @@ def scoring_text(document: Mapping[str, Any]) -> str:
             cells.append(f"{times}, {percent(figures['found'])}")
         lines.append([f"**{name}**" if name in OURS else name, *cells])
     about = (
-        f"The {rows[0]['k']} best of n rows of {rows[0]['d']} values and length 1, random, for one query or several "
-        "in a call. A figure with x says how many times as long as our quickest a method takes; the other, how "
-        "many of the truly best rows (scored in double precision) it finds. Ours in bold.\n"
+        f"The {rows[0]['k']} best of n rows of {rows[0]['d']} values and length 1, random, for one query or "
+        "several in a call. A figure with x says how many times as long as our quickest a method takes; the "
+        "other, how many of the truly best rows (scored in double precision) it finds. Ours in bold.\n"
     )
     return about + table(header, lines)

@@ -30,8 +30,8 @@ def peers(
 ) -> None:
     """Compare our encoders and scoring with the libraries that a user would take: speed and accuracy.
 
-    Encoders are ViT-B/32 with random weights, so nothing is downloaded; comparing them needs the export extra.
-    Peers that are not installed get a row that says how to install them. Takes some minutes on two cores.
+    Encoders are ViT-B/32 with random weights, so nothing is downloaded; comparing them needs the export
+    extra. Peers that are not installed get a row that says how to install them. Takes minutes on two cores.
     """
     from geoengine.bench.suite import peers as suite
     from geoengine.bench.suite.machine import gpu_name
