@@ -1,7 +1,7 @@
 """Put the measured figures into the README, so that none is typed by hand: `make readme`.
 
 The figures are the reports of `geoengine evaluate planet … --json` in `bench/results/planet/`, one file a
-run, and what `geoengine bench` and `python -m geoengine.bench.encoders_cpu` wrote. A block of the README
+run, and what `geoengine bench` wrote. A block of the README
 between `<!-- name -->` and `<!-- /name -->` is replaced. The report of all machines becomes
 `bench/results/README.md`. Tests check that both are current.
 """
@@ -32,12 +32,16 @@ def render(text: str, results: Path = RESULTS) -> str:
         if name == "table1" and document["complete"]
     ]
     planet = load_results(results / "planet")
-    encoders = json.loads((results / "cpu" / "encoders.json").read_text(encoding="utf-8"))
+    peers = [
+        document
+        for (_, name), document in found.documents.items()
+        if name == "peers" and document["complete"] and not document["machine"]["gpu"]
+    ]
     blocks = {
         "accuracy": accuracy_table(planet),
         "recall": recall_table(planet),
         "headline": headline(planet),
-        "cpu": cpu_table(encoders["rows"]),
+        "cpu": cpu_table(peers),
         "claim": claim(table1),
         "speed": speed_table(table1),
     }
@@ -166,28 +170,26 @@ def duration(seconds: float) -> str:
     return f"{round(seconds / 60):,} min" if seconds >= 595 else f"{seconds / 60:.1f} min"
 
 
-def cpu_table(encoders: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of the encoders on a CPU: speed, and agreement where channels are outliers."""
-    rows = []
-    for encoder in encoders:
-        kinds = [encoder[kind] for kind in ("random", "outliers")]
-        rows.append(
+def cpu_table(peers: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table for each machine of the encoders on its CPU: speed, and the worse agreement."""
+    from geoengine.bench.suite.peers_encoders import encoder_rows, worst
+
+    header = ["encoder", "speed, PyTorch eager = 1", "min cosine", "same top 16", "batch changes it by"]
+    texts = []
+    for document in peers:
+        rows = [
             [
-                encoder["name"],
-                f"{encoder['ratio']:.1f}",
-                f"{min(kind['min_cosine'] for kind in kinds):.4f}",
-                percent(min(kind["mean_overlap"] for kind in kinds)),
-                f"{max(kind['batch_difference'] for kind in kinds):.0e}",
+                f"**{row['name']}**" if row["ours"] else row["name"],
+                f"{row['ratio']:.1f}",
+                f"{worst(row, 'min_cosine'):.4f}",
+                percent(worst(row, "mean_overlap")),
+                f"{worst(row, 'batch_difference'):.0e}",
             ]
-        )
-    header = [
-        "encoder",
-        "speed, PyTorch eager = 1",
-        "min cosine",
-        "same top 16 of 256",
-        "batch changes it by",
-    ]
-    return table(header, rows)
+            for row in encoder_rows(document)
+            if "ratio" in row
+        ]
+        texts.append(f"\n{_where(document)}:\n{table(header, rows)}")
+    return "".join(texts) or "\nNot measured yet: `geoengine bench peers` does.\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -246,7 +246,8 @@ def goal_text(rows: Sequence[Mapping[str, Any]]) -> str:
     if fastest["name"] != peer["name"]:
         text += (
             f" The fastest peer of all, {fastest['name']}, has {fastest['ratio_to_ours']:.2f} times ours, "
-            f"and its cosine falls to {worst(fastest, 'min_cosine'):.4f} (ours: {worst(ours, 'min_cosine'):.4f})."
+            f"and its cosine falls to {worst(fastest, 'min_cosine'):.4f} "
+            f"(ours: {worst(ours, 'min_cosine'):.4f})."
         )
     return text
 

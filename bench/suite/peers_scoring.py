@@ -21,11 +21,14 @@ from geoengine.export.check import Progress
 CASES = tuple(Case(n, 512, m, 16) for n in (256, 65_536, 262_144) for m in (1, 16))
 """A level's tiles of one photo, and indices of two sizes; one photo and sixteen."""
 
-_SECONDS = 0.4  # for each method and case
+SECONDS = 0.4
+"""For each method and case, of as many turns as fit; at least three."""
 _BLOCK = 65_536
 
 
-def measure_scoring(results: Results, progress: Progress, cases: tuple[Case, ...] = CASES) -> None:
+def measure_scoring(
+    results: Results, progress: Progress, cases: tuple[Case, ...] = CASES, seconds: float = SECONDS
+) -> None:
     """Add a row for each case: what each method takes, and how right it is."""
     ready: Table | None = None
     for number, case in enumerate(sorted(cases)):
@@ -35,7 +38,7 @@ def measure_scoring(results: Results, progress: Progress, cases: tuple[Case, ...
         if ready is None or ready.single.shape != (case.n, case.d):
             ready = None  # gives the memory back before the next table takes it
             ready = Table(case.n, case.d, available_cores())
-        results.add(case_key(case), part="scoring", **case._asdict(), methods=compare(ready, case))
+        results.add(case_key(case), part="scoring", **case._asdict(), methods=compare(ready, case, seconds))
 
 
 def case_key(case: Case) -> str:
@@ -43,7 +46,7 @@ def case_key(case: Case) -> str:
     return f"n={case.n} d={case.d} m={case.m} k={case.k}"
 
 
-def compare(ready: Table, case: Case, seconds: float = _SECONDS) -> dict[str, dict[str, Any]]:
+def compare(ready: Table, case: Case, seconds: float) -> dict[str, dict[str, Any]]:
     """Return each method's seconds and the share of the k best rows that it finds, or what to install."""
     queries = np.random.default_rng(1).standard_normal((case.m, case.d), dtype=np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)

@@ -1,0 +1,315 @@
+"""`geoengine bench peers`: what is compared is compared rightly, and what is missing is said."""
+
+import contextlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from int8_bundle import SIDE, make_tower
+from made_encoders import MEAN, STD, expected
+from typer.testing import CliRunner
+
+from geoengine.bench.kernels import Case, Table
+from geoengine.bench.suite import peers, peers_contenders, peers_encoders, peers_scoring
+from geoengine.bench.suite.peers_contenders import BASE, Peer, Setting, check_fastembed
+from geoengine.bench.suite.peers_towers import Tower
+from geoengine.bench.suite.results import Results, read
+from geoengine.cli import app
+from geoengine.engine.errors import GeoEngineError
+from geoengine.export.pictures import sample_pictures
+
+BATCH = 16
+SETTING = Setting(batch=BATCH)
+
+
+def silent(done, total, what):
+    """Show no progress."""
+
+
+@pytest.fixture
+def tower(tmp_path):
+    return Tower(make_tower().eval(), MEAN, STD, tmp_path, side=SIDE, trunk_blocks=3)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return [sample_pictures(SIDE, BATCH, seed=seed) for seed in (1, 2, 3, 4)]
+
+
+def opened(peer, tower, setting=SETTING):
+    with contextlib.ExitStack() as stack:
+        yield peer.open(tower, setting, stack)
+
+
+def test_a_faster_wrong_answer_is_seen_and_what_is_missing_or_breaks_is_said(tower, batches, monkeypatch):
+    def wrong(tower, setting, stack):
+        return lambda pixels: np.eye(BATCH, 64, dtype=np.float32)[: len(pixels)]
+
+    def broken(tower, setting, stack):
+        raise RuntimeError("no compiler\nand more")
+
+    def breaks(tower, setting, stack):
+        return lambda pixels: 1 / 0
+
+    real = [
+        peer for peer in peers_contenders.peers_of(SETTING) if peer.name in (BASE, "open_clip bf16 eager")
+    ]
+    made = [
+        Peer("absent", ("no_such_module",), "pip install absent", wrong),
+        *(Peer(made.__name__, (), "", made) for made in (wrong, broken, breaks)),
+    ]
+    monkeypatch.setattr(peers_encoders, "peers_of", lambda setting: [*real, *made])
+    figures = peers_encoders.compare(tower, SETTING, batches, silent)
+    assert figures["absent"] == {"ours": False, "missing": "pip install absent"}
+    assert figures["broken"]["failed"] == "RuntimeError: no compiler"
+    assert figures["breaks"]["failed"].startswith("ZeroDivisionError")
+    assert figures["wrong"]["min_cosine"] < 0.9 and figures["wrong"]["mean_overlap"] < 0.9
+    ours = {name for name, own in figures.items() if own["ours"]}
+    assert ours == {"openvino int8", "onnxruntime-cpu int8", "onnxruntime-cpu fp32"}
+    for name in [BASE, "open_clip bf16 eager", *ours]:
+        own = figures[name]
+        assert own["min_cosine"] > (0.99999 if "fp32" in name else 0.99), name
+        assert own["seconds"]["rounds"] == len(batches) - 1
+        assert own["batch_difference"] < (1e-5 if name in ours or name == BASE else 1e-2), name
+
+
+def test_ours_must_run(tower, batches, monkeypatch):
+    base = [peer for peer in peers_contenders.peers_of(SETTING) if peer.name == BASE]
+    monkeypatch.setattr(peers_encoders, "peers_of", lambda setting: base)
+    monkeypatch.setattr(peers_encoders, "open_ours", lambda *_: [("openvino int8", lambda pixels: 1 / 0)])
+    with pytest.raises(ZeroDivisionError):
+        peers_encoders.compare(tower, SETTING, batches, silent)
+
+
+def test_openvino_normalises_as_pytorch_does(tower, batches):
+    pytest.importorskip("openvino")
+    for name, least in (("OpenVINO fp32", 0.99999), ("OpenVINO bf16", 0.999)):
+        [peer] = [peer for peer in peers_contenders.peers_of(SETTING) if peer.name == name]
+        for encode in opened(peer, tower):
+            rows = encode(batches[0])
+        assert (rows * expected(tower.module, batches[0])).sum(1).min() > least
+
+
+def test_compiled_towers_see_whole_batches_alone():
+    seen = []
+
+    def encode(pixels):
+        seen.append(pixels.copy())
+        return pixels[:, 0, 0].astype(np.float32)
+
+    pixels = np.full((3, 2, 2, 3), 7, np.uint8)
+    rows = peers_contenders._whole_batches(encode, 8, pixels)
+    assert rows.shape == (3, 3) and (rows == 7).all()
+    assert seen[0].shape == (8, 2, 2, 3) and seen[0][3:].sum() == 0
+
+
+STUB = """
+import json, pathlib
+import numpy as np
+class ImageEmbedding:
+    def __init__(self, name, specific_model_path, threads):
+        assert name == "Qdrant/clip-ViT-B-32-vision" and threads >= 1
+        config = json.loads((pathlib.Path(specific_model_path) / "preprocessor_config.json").read_text())
+        self.side = config["crop_size"]["height"]
+        print("noise", file=__import__("sys").stderr)
+    def embed(self, pictures, batch_size):
+        assert batch_size == len(pictures) and pictures[0].size == (self.side, self.side)
+        if np.asarray(pictures[0]).max() == 0:
+            raise ValueError("black")
+        for picture in pictures:
+            yield np.asarray(picture).reshape(-1, 3).mean(0)
+"""
+
+
+@pytest.fixture
+def stub(tower, tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "fastembed.py").write_text(STUB)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
+    (tmp_path / "stock").mkdir()
+    tower.__dict__["stock_onnx"] = tmp_path / "stock" / "model.onnx"
+    [peer] = [
+        peer
+        for peer in peers_contenders.peers_of(Setting(batch=BATCH, fastembed=sys.executable))
+        if peer.name == "fastembed"
+    ]
+    assert not peer.missing()
+    return opened(peer, tower, Setting(batch=BATCH, fastembed=sys.executable))
+
+
+def test_fastembed_runs_in_its_own_python(stub, batches):
+    check_fastembed(sys.executable)
+    for encode in stub:
+        for batch in (batches[0], batches[1][:1]):
+            np.testing.assert_allclose(encode(batch), batch.reshape(len(batch), -1, 3).mean(1), rtol=1e-5)
+
+
+def test_fastembed_that_dies_is_an_error(stub):
+    for encode in stub:
+        with pytest.raises(GeoEngineError, match="process has ended"):
+            encode(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+
+
+def test_a_python_without_fastembed_is_refused(tmp_path):
+    python = tmp_path / "python"
+    with pytest.raises(GeoEngineError, match="cannot be run"):
+        check_fastembed(str(python))
+    python.write_text("#!/bin/sh\necho 'No module named fastembed' >&2\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(GeoEngineError, match=r"No module named fastembed.*pip install fastembed"):
+        check_fastembed(str(python))
+
+
+def test_agreement_counts_the_best_tiles_that_both_find():
+    rng = np.random.default_rng(0)
+    photos, tiles = rng.standard_normal((3, 8)), rng.standard_normal((64, 8))
+    exact = [photos, tiles]
+    same = peers_encoders.agreement([3 * photos, tiles], exact)
+    assert same["min_cosine"] == pytest.approx(1) and same["min_overlap"] == 1
+    # The second photo looks the other way: it finds the worst tiles, and its cosine is -1.
+    turned = peers_encoders.agreement([photos * [[1], [-1], [1]], tiles], exact)
+    assert turned["min_cosine"] == pytest.approx(-1)
+    assert turned["min_overlap"] == 0 and turned["mean_overlap"] == pytest.approx(2 / 3)
+
+
+def contender(speed, cosine, *, ours=False):
+    right = {"min_cosine": cosine, "mean_cosine": cosine, "mean_overlap": 0.9, "min_overlap": 0.5}
+    return {"ours": ours, "seconds": {"median": 32 / speed}, "batch_difference": 1e-7, **right}
+
+
+def made_document(**changes):
+    contenders = {
+        BASE: contender(10, 1.0),
+        "right": contender(50, 0.9997),
+        "wrong": contender(500, 0.9),
+        "absent": {"ours": False, "missing": "pip install absent"},
+        "broken": {"ours": False, "failed": "RuntimeError: no compiler"},
+        "openvino int8": contender(60, 0.9998, ours=True),
+        "onnxruntime-cpu fp32": contender(12, 1.0, ours=True),
+        **changes,
+    }
+    methods = {
+        "ours fp16": {"ours": True, "seconds": {"median": 1e-3}, "found": 1.0},
+        "faiss flat fp32": {"ours": False, "seconds": {"median": 3e-3}, "found": 0.875},
+        "usearch exact fp16": {"ours": False, "missing": "pip install usearch"},
+    }
+    return {
+        "settings": {"batch": 32, "rounds": 5},
+        "rows": [
+            {"key": "random", "part": "encoders", "contenders": contenders},
+            {"key": "outliers", "part": "encoders", "contenders": contenders},
+            {"key": "n", "part": "scoring", "n": 1024, "d": 512, "m": 1, "k": 16, "methods": methods},
+        ],
+    }
+
+
+def test_the_goal_is_against_the_best_peer_that_is_as_right():
+    rows = peers_encoders.encoder_rows(made_document())
+    ours, peer = peers_encoders.best_peer(rows)
+    assert (ours["name"], peer["name"]) == ("openvino int8", "right")
+    text = peers_encoders.goal_text(rows)
+    assert ": met, openvino int8 has 120 % of the speed of right." in text
+    assert "wrong, has 8.33 times ours" in text and "falls to 0.9000" in text
+    slower = made_document(**{"openvino int8": contender(30, 0.9998, ours=True)})
+    assert ": not met, openvino int8 has 60 %" in peers_encoders.goal_text(
+        peers_encoders.encoder_rows(slower)
+    )
+
+
+def test_one_bad_tower_makes_a_peer_wrong():
+    document = made_document()
+    document["rows"][1] = {**document["rows"][1], "contenders": {**document["rows"][1]["contenders"]}}
+    document["rows"][1]["contenders"]["right"] = contender(50, 0.97)
+    _, peer = peers_encoders.best_peer(peers_encoders.encoder_rows(document))
+    assert peer["name"] == BASE
+
+
+def test_tables_say_what_is_missing():
+    text = peers.tables(made_document())
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "not installed: pip install absent" in lines["absent"]
+    assert "failed: RuntimeError: no compiler" in lines["broken"]
+    assert "not installed: pip install usearch" in lines["usearch exact fp16"]
+    assert "3.00 x, 87.5 %" in lines["faiss flat fp32"]
+    assert " 60.0 | 1.00 | 6.00 " in lines["**openvino int8**"]
+    assert len({lines[name].count("|") for name in ("absent", "right", "encoder")}) == 1
+    figures = peers.key_figures(made_document())
+    assert figures["our fastest encoder (openvino int8)"] == "60.0 images/s"
+    assert figures["times the best peer as right (right)"] == "1.20"
+    assert figures["scoring 1,024 rows for 1, times the quickest peer"] == "3.00"
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_unfinished_results_can_be_shown(kept):
+    document = made_document()
+    document["rows"] = document["rows"][:kept]
+    assert ("Goal" in peers.tables(document)) == (kept > 0)
+    assert bool(peers.key_figures(document)) == (kept > 0)
+
+
+def test_results_without_ours_can_be_shown():
+    document = made_document(
+        **{name: {"ours": True, "failed": "x"} for name in ("openvino int8", "onnxruntime-cpu fp32")}
+    )
+    assert "not measured" in peers.tables(document)
+
+
+def test_scoring_finds_the_exact_rows_and_goes_on(tmp_path):
+    cases = (Case(300, 32, 3, 5), Case(64, 32, 1, 5))
+    settings = {"part": "scoring"}
+    results = Results.start(tmp_path, "peers-scoring", settings)
+    peers_scoring.measure_scoring(results, silent, cases[:1], seconds=0.0)
+    again = Results.start(tmp_path, "peers-scoring", settings)
+    peers_scoring.measure_scoring(again, silent, cases, seconds=0.0)
+    first, second = peers_scoring.scoring_rows(read(again.path))
+    assert first == results.document["rows"][0] and (second["n"], second["m"]) == (64, 1)
+    for row in (first, second):
+        ran = {name: own for name, own in row["methods"].items() if "found" in own}
+        assert {"ours fp32", "ours fp16", "NumPy fp32", "PyTorch fp32"} <= set(ran)
+        assert all(own["found"] >= 0.8 for own in ran.values())
+        assert all(own["found"] == 1 for name, own in ran.items() if "fp32" in name)
+
+
+def test_scoring_sees_a_wrong_method_and_a_missing_one(monkeypatch):
+    monkeypatch.setitem(sys.modules, "usearch.compiled", None)
+    ready = Table(64, 8, 1)
+    ready.methods["wrong"] = lambda queries, k: (None, np.tile(np.arange(k), (len(queries), 1)))
+    figures = peers_scoring.compare(ready, Case(64, 8, 4, 3), 0.0)
+    assert figures["wrong"]["found"] < 0.7 < figures["ours fp16"]["found"]
+    assert figures["usearch exact fp16"] == {"ours": False, "missing": "pip install usearch"}
+
+
+def run(*words):
+    return CliRunner().invoke(app, ["bench", "peers", *map(str, words)])
+
+
+def test_the_command_keeps_rows_when_interrupted(tmp_path, monkeypatch):
+    def measure(settings, results, progress):
+        results.add("made", part="other")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "measure", measure)
+    stopped = run("scoring", "--out", tmp_path)
+    assert stopped.exit_code == 130
+    assert "1 rows are kept" in stopped.stderr and "the same command goes on" in stopped.stderr
+    [file] = tmp_path.glob("*/peers-scoring.json")
+    assert not read(file)["complete"]
+
+    monkeypatch.setattr(peers, "measure", lambda settings, results, progress: results.finish())
+    done = run("scoring", "--out", tmp_path, "--json")
+    assert json.loads(done.stdout)["rows"] == [{"key": "made", "part": "other"}]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--backend", "onnx"), "unknown backend onnx: there are tensorrt"),
+        (("encoders", "--fastembed", "/no/python"), "/no/python: cannot be run"),
+        (("--batch", "4"), "16<=x"),
+    ],
+)
+def test_wrong_input_is_refused(tmp_path, words, message):
+    refused = run(*words, "--out", tmp_path)
+    assert refused.exit_code == 2 and message in refused.stderr
+    assert not any(tmp_path.iterdir())
