@@ -7,6 +7,7 @@ that no contender is timed on pictures for which its answers are not known.
 from __future__ import annotations
 
 import contextlib
+import gc
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,6 +126,7 @@ def _opened(
 ) -> Iterator[tuple[str, bool, Encode | dict[str, str]]]:
     """Yield each contender's name, whether it is ours, and it or why there is none."""
     for peer in peers_of(setting):
+        gc.collect()  # what making the last one has left may be a copy of all weights
         progress(0, steps, f"opening {peer.name}")
         if peer.missing():
             yield peer.name, False, {"missing": peer.hint}
