@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
 from geoengine.bench.suite.peers_contenders import OURS, Setting, check_fastembed, device_of
 from geoengine.bench.suite.peers_encoders import best_peer, encoder_rows, encoders_text, measure_encoders
+from geoengine.bench.suite.peers_part import Part
 from geoengine.bench.suite.peers_scoring import measure_scoring, quickest, scoring_rows, scoring_text
 from geoengine.bench.suite.results import Results
 from geoengine.bench.suite.timing import peak_memory_mib
@@ -17,19 +17,6 @@ from geoengine.engine.backends import GPU_BACKENDS
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.extras import require_extra
 from geoengine.export.check import Progress
-
-
-class Part(StrEnum):
-    """What is compared."""
-
-    encoders = "encoders"
-    scoring = "scoring"
-    both = "both"
-
-    @property
-    def benchmark(self) -> str:
-        """The name of its results: a part alone must not replace both."""
-        return "peers" if self is Part.both else f"peers-{self}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from geoengine.bench.suite.peers import Part
+from geoengine.bench.suite.peers_part import Part
 from geoengine.commands.bench.options import DEFAULT_OUT, AgainOption, OutOption, RoundsOption
 from geoengine.commands.terminal import Exit, complain, progress_bar, write_result
 
