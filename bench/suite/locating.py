@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geoengine.bench.suite.network import ServedTiles
+from geoengine.bench.suite.network import ServedTiles, deaf
 from geoengine.bench.suite.timing import peak_memory_mib
 from geoengine.bench.suite.workload import PooledTiles, tile_pool
 from geoengine.engine.backends import GPU_BACKENDS, Backend, EmbeddingRows
@@ -124,7 +123,8 @@ def locating(order: Order) -> Iterator[Locator]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(order, theirs), daemon=True)
-    process.start()
+    with deaf():
+        process.start()
     theirs.close()
     try:
         yield Locator(ours, process, order.k)
@@ -137,7 +137,6 @@ def locating(order: Order) -> Iterator[Locator]:
 
 def _run(order: Order, pipe: Connection) -> None:
     """Locate what comes through the pipe, until its other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, and the other end says when to stop
     try:
         bundle = EngineBundle.open(order.bundle)
         with GeoEngine.open(

@@ -65,6 +65,19 @@ def pool_bodies(pool: Path) -> list[bytes]:
 
 
 @contextmanager
+def deaf() -> Iterator[None]:
+    """Let processes that the block starts ignore Ctrl-C, from their first moment; in the main thread only.
+
+    It reaches all processes of a terminal at once, and this one tells the others when to stop.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a process hands down
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def serving(bodies: Sequence[bytes], latency_ms: float) -> Iterator[int]:
     """Run a server in a process of its own while the block runs; yields its port.
 
@@ -75,7 +88,8 @@ def serving(bodies: Sequence[bytes], latency_ms: float) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(target=_serve, args=(list(bodies), latency_ms / 1e3, theirs), daemon=True)
-    server.start()
+    with deaf():
+        server.start()
     theirs.close()
     try:
         try:
@@ -92,7 +106,6 @@ def serving(bodies: Sequence[bytes], latency_ms: float) -> Iterator[int]:
 
 def _serve(bodies: Sequence[bytes], latency_s: float, pipe: Connection) -> None:
     """Serve until the other end of the pipe is gone; sends the port first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, and the other end says when to stop
 
     def answer(request: bytes) -> bytes:
         body = bodies[0] if len(bodies) == 1 else bodies[_number(request)]
