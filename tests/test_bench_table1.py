@@ -350,19 +350,43 @@ def test_goals_are_stated_for_the_papers_model():
     assert table1.tables(document | {"facts": {}, "rows": []}) == "No k has been measured yet.\n"
 
 
-def test_an_interrupted_run_keeps_its_rows(world, tmp_path):
-    code = "from geoengine.cli import main; main()"
+INTERRUPTED = """
+import os, signal, time
+{imported}
+call, calls = {owner}.{name}, []
+def interrupted(*arguments, **options):
+    result = call(*arguments, **options)
+    calls.append(result)
+    if len(calls) == {count}:
+        os.killpg(0, signal.SIGINT)
+        time.sleep(60)
+    return result
+{owner}.{name} = interrupted
+from geoengine.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("imported", "owner", "name", "count"),
+    [
+        ("from geoengine.bench.suite.results import Results", "Results", "add", 1),
+        ("from geoengine.bench.suite.locating import Locator", "Locator", "__init__", 2),
+    ],
+    ids=["after a row", "while the next process starts"],
+)
+def test_an_interrupted_run_keeps_its_rows(world, tmp_path, imported, owner, name, count):
+    code = INTERRUPTED.format(imported=imported, owner=owner, name=name, count=count)
     arguments = [str(part) for part in command(world, tmp_path, "--k", 1, "--k", 3, "--budget", 60)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        timeout=120,
     )
-    try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("*/table1.json")) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "the same command goes on there" in errors and "Traceback" not in errors
+    assert done.returncode == 130
+    assert "the same command goes on there" in done.stderr and "Traceback" not in done.stderr
+    [file] = tmp_path.glob("*/table1.json")
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["key"] for row in document["rows"]] == ["k=1"] and not document["complete"]
