@@ -134,9 +134,9 @@ class Drawing:
         """Change the sizes after the batch."""
         return self.op("Reshape", x, self.integers(0, *shape))
 
-    def rows(self, x: ir.Value, start: int, end: int) -> ir.Value:
-        """Take tokens by their place."""
-        return self.op("Slice", x, self.integers(start), self.integers(end), self.integers(1))
+    def part(self, x: ir.Value, start: int, end: int, *, axis: int = 1) -> ir.Value:
+        """Take tokens by their place, or what else an axis counts."""
+        return self.op("Slice", x, self.integers(start), self.integers(end), self.integers(axis))
 
     def split(self, x: ir.Value, count: int, size: int) -> list[ir.Value]:
         """Cut the last axis into `count` parts of equal size."""

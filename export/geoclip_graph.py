@@ -48,7 +48,7 @@ def write_location_encoder(package: GeoClipPackage, file: Path) -> None:
 def _project(drawing: Drawing) -> ir.Value:
     """Longitude and latitude in degrees to the plane of the Equal Earth projection, x from -1 to 1."""
     radians = drawing.with_number("Mul", drawing.input, math.pi / 180)
-    longitude, latitude = drawing.rows(radians, 0, 1), drawing.rows(radians, 1, 2)
+    longitude, latitude = drawing.part(radians, 0, 1), drawing.part(radians, 1, 2)
     sine = drawing.with_number("Mul", drawing.op("Sin", latitude), math.sqrt(3) / 2)
     theta = drawing.op("Asin", sine)
     square = drawing.op("Mul", theta, theta)

@@ -29,11 +29,10 @@ from geoengine.export.int8_scales import (
     pixel_scale,
     quantize,
 )
-from geoengine.export.onnx_graphs import check_graph
+from geoengine.export.onnx_graphs import save_graph
 from geoengine.export.weight_file import WeightFile
 
 _BATCH = 2  # pictures observed at once; bounds the memory for all the products' inputs
-_SMALL_BYTES = 1024  # tensors under this size stay inside the graph
 
 
 def quantize_graphs(
@@ -143,9 +142,4 @@ def _write(
     sites = find_sites(model.graph)
     rewrite(model.graph, sites, {site.group: scales[site.weight] for site in sites}, products)
     remove_unused(model)
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= _SMALL_BYTES and not name.startswith("resize_"):
-            value.const_value = weights.place(tensor)
-    ir.save(model, target)
-    check_graph(target)
+    save_graph(model, weights, target)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from geoengine.engine.manifest import Variant
 from geoengine.export.drawing import Drawing
-from geoengine.export.resample import resize_matrix
+from geoengine.export.resample import WEIGHT_PREFIX, band, resize_matrix
 from geoengine.export.towers import (
     Activation,
     BlockParts,
@@ -64,7 +64,7 @@ class _Stem:
         if len(parts.prefix):
             # Zeros, to which the position adds what these tokens are. They are made from patches since that
             # needs no shapes at run time; of Pad, ONNX Runtime has no CUDA kernel for opset 23.
-            zeros = drawing.with_number("Mul", drawing.rows(x, 0, len(parts.prefix)), 0.0)
+            zeros = drawing.with_number("Mul", drawing.part(x, 0, len(parts.prefix)), 0.0)
             x = drawing.op("Concat", zeros, x, axis=1)
         position = torch.cat([parts.prefix.double(), parts.position.double() + bias])
         x = drawing.op("Add", x, drawing.weight("position", position.float()))
@@ -97,30 +97,44 @@ class Trunk:
         return drawing.finish(drawing.cast(x, _FLOAT), "tokens", token_shape(self._parts, self._blocks))
 
     def _patches(self, drawing: Drawing) -> ir.Value:
-        """Resize, scale, and cut into patches: [patches, 3 * patch size ** 2]."""
-        size, patch, grid = self._parts.image_size, self._parts.patch_size, self._parts.grid
-        resized = self.side != size
-        x = self._resize(drawing) if resized else drawing.cast(drawing.input, drawing.products)
-        if grid * patch < size and not resized:
-            ends = drawing.integers(grid * patch, grid * patch)
-            x = drawing.op("Slice", x, drawing.integers(0, 0), ends, drawing.integers(1, 2))
-        x = drawing.with_number("Sub", drawing.cast(x, drawing.products), _PIXEL_CENTRE)
+        """Resize, cut into patches, and scale: [patches, 3 * patch size ** 2]."""
+        patch, grid = self._parts.patch_size, self._parts.grid
+        if self.side == self._parts.image_size:
+            x = drawing.cast(drawing.input, drawing.products)
+            if grid * patch < self.side:
+                ends = drawing.integers(grid * patch, grid * patch)
+                x = drawing.op("Slice", x, drawing.integers(0, 0), ends, drawing.integers(1, 2))
+            x = drawing.reshape(x, grid, patch, grid, patch, 3)
+            x = drawing.op("Transpose", x, perm=(0, 1, 3, 5, 2, 4))
+        else:
+            x = drawing.cast(self._resize(drawing), drawing.products)
+        x = drawing.with_number("Sub", x, _PIXEL_CENTRE)
         x = drawing.with_number("Mul", x, _PIXEL_SCALE)
-        cut = (3, grid, patch, grid, patch) if resized else (grid, patch, grid, patch, 3)
-        order = (0, 2, 4, 1, 3, 5) if resized else (0, 1, 3, 5, 2, 4)
-        x = drawing.op("Transpose", drawing.reshape(x, *cut), perm=order)  # (grid, grid, 3, patch, patch)
         return drawing.reshape(x, grid * grid, 3 * patch * patch)
 
     def _resize(self, drawing: Drawing) -> ir.Value:
-        """Give what the patches cover of the picture at its new size, float32[3, covered, covered].
+        """Give the patches of the picture at its new size, float32[grid, grid, 3, patch size, patch size].
 
-        Pillow filters along rows first, and rounds to 8 bits, 0 to 255, after either direction.
+        Pillow filters along rows first, and rounds to 8 bits, 0 to 255, after either direction. A patch needs
+        only the pixels that its filter reaches: a product for each costs much less than one with the whole
+        filter, which is nearly all zeros.
         """
-        matrix = resize_matrix(self.side, self._parts.image_size)[: self._parts.grid * self._parts.patch_size]
-        columns, rows = drawing.weight("resize_columns", matrix.T), drawing.weight("resize_rows", matrix)
-        x = drawing.op("Transpose", drawing.cast(drawing.input, _FLOAT), perm=(0, 3, 1, 2))
-        x = _to_byte(drawing, drawing.op("MatMul", x, columns))
-        return _to_byte(drawing, drawing.op("MatMul", rows, x))
+        patch, grid = self._parts.patch_size, self._parts.grid
+        matrix = resize_matrix(self.side, self._parts.image_size)
+        filters = [band(matrix, number * patch, patch) for number in range(grid)]
+        parts = []
+        for number, (start, weights) in enumerate(filters):
+            x = drawing.part(drawing.input, start, start + weights.shape[1], axis=2)
+            x = drawing.op("Transpose", drawing.cast(x, _FLOAT), perm=(0, 3, 1, 2))
+            x = drawing.op("MatMul", x, drawing.weight(f"{WEIGHT_PREFIX}columns_{number}", weights.T))
+            parts.append(drawing.reshape(x, 1, 3, self.side, patch))
+        columns = _to_byte(drawing, drawing.op("Concat", *parts, axis=1))
+        parts = []
+        for number, (start, weights) in enumerate(filters):
+            x = drawing.part(columns, start, start + weights.shape[1], axis=3)
+            x = drawing.op("MatMul", drawing.weight(f"{WEIGHT_PREFIX}rows_{number}", weights), x)
+            parts.append(drawing.reshape(x, 1, grid, 3, patch, patch))
+        return _to_byte(drawing, drawing.op("Concat", *parts, axis=1))
 
 
 def _to_byte(drawing: Drawing, x: ir.Value) -> ir.Value:
@@ -169,7 +183,7 @@ class Head:
         if parts.token_norm is not None:
             x = drawing.norm("ln_post", parts.token_norm, x)
         if parts.first_pooled and parts.pool is not Pool.token:
-            x = drawing.rows(x, parts.first_pooled, len(parts.prefix) + len(parts.position))
+            x = drawing.part(x, parts.first_pooled, len(parts.prefix) + len(parts.position))
         if parts.pool is Pool.mean:
             x = drawing.op("ReduceMean", x, drawing.integers(1), keepdims=1)
         elif isinstance(parts.pool, LatentPool):
@@ -201,9 +215,9 @@ class _Block:
         if only_first:
             q_part, kv_part = _outputs(parts.qkv, 0, width), _outputs(parts.qkv, width, 3 * width)
             scaled = Dense(q_part.weight, q_part.bias, torch.full((width,), query_scale))
-            q = drawing.dense("q", scaled, drawing.rows(normal, 0, 1), half=True)
+            q = drawing.dense("q", scaled, drawing.part(normal, 0, 1), half=True)
             k, v = drawing.split(drawing.dense("kv", kv_part, normal, half=True), 2, width)
-            x = drawing.rows(x, 0, 1)
+            x = drawing.part(x, 0, 1)
         else:
             scale = torch.ones(3 * width)
             scale[:width] = query_scale

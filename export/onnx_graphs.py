@@ -11,6 +11,7 @@ import onnx_ir as ir
 from geoengine.engine.errors import ExportError
 from geoengine.engine.manifest import Variant
 from geoengine.export.model import Head, Trunk
+from geoengine.export.resample import resizes
 from geoengine.export.weight_file import WeightFile
 
 MAX_BATCH = 4096
@@ -54,7 +55,7 @@ def save_graph(model: ir.Model, weights: WeightFile, path: Path) -> Path:
     """Write a graph with its larger weights beside it; those of a resize are its own and stay inside."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= _SMALL_BYTES and not name.startswith("resize_"):
+        if tensor is not None and tensor.nbytes >= _SMALL_BYTES and not resizes(name):
             value.const_value = weights.place(tensor)
     ir.save(model, path)
     check_graph(path)

@@ -1,4 +1,4 @@
-"""Pillow's antialiased bicubic filter as a matrix, so that a graph can resize as Pillow does."""
+"""Pillow's antialiased bicubic filter as matrices, so that a graph can resize as Pillow does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FIXED_POINT = 1 << 22  # Pillow rounds the weights of its 8-bit filters to this fraction
+
+WEIGHT_PREFIX = "resize_"
+
+
+def resizes(name: str) -> bool:
+    """Tell by its name whether a graph's weight is part of such a filter; see `Trunk`."""
+    return name.startswith(WEIGHT_PREFIX)
 
 
 def resize_matrix(source: int, target: int) -> NDArray[np.float32]:
@@ -25,6 +32,14 @@ def resize_matrix(source: int, target: int) -> NDArray[np.float32]:
         matrix[row, first:last] = weights / weights.sum()
     rounded = np.copysign(np.floor(np.abs(matrix) * _FIXED_POINT + 0.5), matrix) / _FIXED_POINT
     return rounded.astype(np.float32)
+
+
+def band(matrix: NDArray[np.float32], first: int, count: int) -> tuple[int, NDArray[np.float32]]:
+    """Return the part of a filter that target pixels need: its first source, and float32[count, sources]."""
+    rows = matrix[first : first + count]
+    needed = np.flatnonzero(rows.any(axis=0))
+    start, end = int(needed[0]), int(needed[-1]) + 1
+    return start, rows[:, start:end]
 
 
 def _cubic(x: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -34,6 +34,7 @@ from geoengine.engine.backends.plans import (
 from geoengine.engine.backends.tensorrt_runner import this_machine
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import ExportError
+from geoengine.export.resample import resizes
 
 Progress = Callable[[int, int, str], None]
 """Called with the hundredths done, their number (100 a plan), and what is being done ("" at the end)."""
@@ -294,13 +295,8 @@ def _read(bundle: EngineBundle, graph: str, max_batch: int) -> _Graph:
     return _Graph(
         profiles=plan_profiles(max_batch),
         sources={path: files[path].sha256 for path in sorted(paths)},
-        exact=[node.name for node in model.graph.node if any(map(_resizes, node.input))],
+        exact=[node.name for node in model.graph.node if any(map(resizes, node.input))],
     )
-
-
-def _resizes(name: str) -> bool:
-    """Tell whether a weight is one of the matrices that resize pictures; see `Trunk.resize`."""
-    return name.startswith("resize_")
 
 
 def _reusable(wanted: PlanSet, graphs: Mapping[str, _Graph]) -> PlanSet:

@@ -32,15 +32,19 @@ def pictures(side: int, count: int = 3) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("source", "target"),
-    [(256, 224), (512, 224), (128, 112), (100, 112), (224, 224), (7, 3), (3, 16), (1, 4)],
-)
-def test_resize_equals_pillow(source, target, tmp_path):
-    tower = dataclasses.replace(SMALL, image_size=target, patch_size=target).build()
-    trunk = Trunk(tower, blocks=None, side=source, mean=MEAN, std=STD)  # gives scaled pixels, in one patch
+    ("source", "target", "patch"),
+    [
+        (256, 224, 32), (512, 224, 14), (256, 224, 224), (128, 112, 56), (100, 112, 16), (224, 224, 32),
+        (7, 3, 3), (3, 16, 1), (1, 4, 2),
+    ],
+)  # fmt: skip
+def test_resize_equals_pillow(source, target, patch, tmp_path):
+    tower = dataclasses.replace(SMALL, image_size=target, patch_size=patch).build()
+    trunk = Trunk(tower, blocks=None, side=source, mean=MEAN, std=STD)  # gives scaled pixels, in patches
     file = write_trunks({source: trunk}, tmp_path, variant=Variant.fp32)[source]
-    batch = pictures(source)
-    ours = run_graph(file, batch).reshape(3, 3, target, target).transpose(0, 2, 3, 1) * 64 + 128
+    batch, grid = pictures(source), target // patch
+    tokens = run_graph(file, batch).reshape(-1, grid, grid, 3, patch, patch)
+    ours = tokens.transpose(0, 1, 4, 2, 5, 3).reshape(-1, target, target, 3) * 64 + 128
     size = (target, target)
     pillow = np.stack([Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in batch])
     assert np.abs(ours - pillow).max() <= 1

@@ -18,6 +18,7 @@ import numpy as np
 
 from geoengine.engine.cores import available_cores
 from geoengine.engine.manifest import Variant, precision_of
+from geoengine.export.resample import resizes
 
 Call: TypeAlias = Callable[[], object]
 
@@ -25,7 +26,6 @@ MODEL, RESIZE = "model", "resize"
 _MEMORY_BYTES = 128 << 20  # more than a processor's caches hold
 _SIDE = 2048  # of the matrices that are multiplied
 _ROUNDS = 5
-_RESIZE_WEIGHTS = ("resize_columns", "resize_rows")
 
 
 def graph_flop(graph: Path) -> dict[str, int]:
@@ -43,7 +43,7 @@ def graph_flop(graph: Path) -> dict[str, int]:
         if node.op_type not in ("MatMul", "Gemm"):
             continue
         left, right = node.input[0], node.input[1]
-        kind = RESIZE if {left, right} & set(_RESIZE_WEIGHTS) else MODEL
+        kind = RESIZE if resizes(left) or resizes(right) else MODEL
         turned = any(a.name == "transA" and a.i for a in node.attribute)
         inner = shapes[left][0 if turned else -1]
         found[kind] += 2 * int(np.prod(shapes[node.output[0]])) * inner
