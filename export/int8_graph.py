@@ -59,16 +59,23 @@ def weight_of(site: Site) -> Floats:
 def rewrite(
     graph: ir.Graph, sites: list[Site], scales: Mapping[str, InputScale], products: Mapping[str, Product]
 ) -> None:
-    """Replace the sites by 8-bit products, with a scale by group and a product by weight name."""
+    """Replace the sites by 8-bit products, with a scale by group and a product by weight name.
+
+    A product whose result is split becomes one for each part, so that nothing is copied.
+    """
     groups: dict[str, list[Site]] = {}
     for site in sites:
         groups.setdefault(site.group, []).append(site)
+    values: dict[str, InputScale] = {}
     for group, members in groups.items():
-        if not _fold(graph, members, scales[group]):
+        mixed = _mixed_values(members)
+        if mixed is not None:
+            values[mixed] = scales[group]
+        elif not _fold(graph, members, scales[group]):
             for site in members:
                 _shift_input(graph, site, scales[group])
     for site in sites:
-        _replace(graph, site, scales[site.group].step, products[site.weight])
+        _replace(graph, site, scales[site.group].step, products[site.weight], values)
 
 
 def remove_unused(model: ir.Model) -> None:
@@ -105,43 +112,99 @@ def _shift_input(graph: ir.Graph, site: Site, scale: InputScale) -> None:
     site.node.replace_input_with(0, value)
 
 
-def _replace(graph: ir.Graph, site: Site, step: np.float32, product: Product) -> None:
-    """Make a site's input and weight 8-bit, and add the product's bias to its result."""
+def _mixed_values(members: list[Site]) -> str | None:
+    """Name the values that attention mixed to a group's input, where a site makes them; None otherwise.
+
+    The weights of a mix sum to one, so what is done to each of its channels, a factor and a shift, can as
+    well be done to the values.
+    """
+    value = members[0].node.inputs[0]
+    while len(members) == 1 and value is not None and _has_one_reader(value):
+        node = value.producer()
+        if node is None:
+            return None
+        if node.op_type == "Split":
+            return str(value.name)
+        if node.op_type == "MatMul" and _is_softmax(node.inputs[0]):
+            value = node.inputs[1]
+        elif node.op_type in ("Reshape", "Transpose"):
+            value = node.inputs[0]
+        else:
+            return None
+    return None
+
+
+def _replace(
+    graph: ir.Graph, site: Site, step: np.float32, product: Product, values: Mapping[str, InputScale]
+) -> None:
+    """Compute what a site and its bias give, or each part of it, from 8-bit input and weight.
+
+    `values` has the scales of those parts that are to leave in another scale, by name.
+    """
     node, name = site.node, site.weight
-    value = node.inputs[0]
-    assert value is not None
+    source = node.inputs[0]
+    assert source is not None
     scale = _initializer(graph, f"{name}.input_scale", np.asarray(step, np.float32))
     zero = _initializer(graph, f"{name}.input_zero", np.asarray(0, np.uint8))
-    value = _insert(graph, node, "QuantizeLinear", [value, scale, zero], f"{name}.quantize")
-    value = _insert(graph, node, "DequantizeLinear", [value, scale, zero], f"{name}.input")
-    weight = [
-        _initializer(graph, f"{name}.int8", product.weight),
-        _initializer(graph, f"{name}.int8_scale", product.step),
-        _initializer(graph, f"{name}.int8_zero", np.zeros(product.step.shape, np.int8)),
-    ]
-    node.replace_input_with(0, value)
-    node.replace_input_with(
-        1, _insert(graph, node, "DequantizeLinear", weight, f"{name}.dequantized", {"axis": 1})
-    )
-    _add_bias(graph, site, product.bias)
+    x = _insert(graph, node, "QuantizeLinear", [source, scale, zero], f"{name}.quantize")
+    x = _insert(graph, node, "DequantizeLinear", [x, scale, zero], f"{name}.input")
+    result, bias = _with_bias(node.outputs[0], product.bias)
+    parts = _parts(result)
+    width = bias.shape[-1] // len(parts)
+    for number, part in enumerate(parts):
+        own = slice(number * width, (number + 1) * width)
+        stem = name if len(parts) == 1 else f"{name}.{number}"
+        weight_step, weight_bias = product.step[own], bias[..., own]
+        leaving = values.get(str(part.name))
+        if leaving is not None:
+            weight_step = weight_step * leaving.factor
+            weight_bias = weight_bias * leaving.factor + leaving.shift
+        weight = [
+            _initializer(graph, f"{stem}.int8", product.weight[:, own]),
+            _initializer(graph, f"{stem}.int8_scale", weight_step),
+            _initializer(graph, f"{stem}.int8_zero", np.zeros(width, np.int8)),
+        ]
+        w = _insert(graph, node, "DequantizeLinear", weight, f"{stem}.dequantized", {"axis": 1})
+        y = _insert(graph, node, "MatMul", [x, w], f"{stem}.product")
+        y = _insert(
+            graph, node, "Add", [y, _initializer(graph, f"{stem}.bias", weight_bias)], f"{stem}.biased"
+        )
+        _take_place(y, part)
 
 
-def _add_bias(graph: ir.Graph, site: Site, bias: Floats) -> None:
-    """Add a bias to a site's result, in the sum that follows where that has a constant already."""
-    result = site.node.outputs[0]
+def _with_bias(result: ir.Value, bias: Floats) -> tuple[ir.Value, Floats]:
+    """Return where a product's result has its bias, where it is given one, and that with `bias` added."""
     users = list(result.uses())
     if len(users) == 1 and users[0].node.op_type == "Add":
-        add, place = users[0].node, 1 - users[0].idx
-        constant = add.inputs[place]
+        add = users[0].node
+        constant = add.inputs[1 - users[0].idx]
         if constant is not None and _is_constant(constant):
-            added = _initializer(graph, f"{constant.name}.int8", _constant(constant) + bias)
-            add.replace_input_with(place, added)
-            return
-    add = ir.node("Add", [result, _initializer(graph, f"{site.weight}.bias", bias)])
-    add.name = add.outputs[0].name = f"{site.weight}.biased"
-    graph.insert_after(site.node, add)
-    for user in users:
-        user.node.replace_input_with(user.idx, add.outputs[0])
+            return add.outputs[0], _constant(constant) + bias  # where it is a position, one of each token
+    return result, bias
+
+
+def _parts(result: ir.Value) -> list[ir.Value]:
+    """Return what a result is split into, or itself."""
+    users = list(result.uses())
+    if len(users) == 1 and users[0].node.op_type == "Split":
+        return list(users[0].node.outputs)
+    return [result]
+
+
+def _take_place(value: ir.Value, of: ir.Value) -> None:
+    """Put a value in another's place, which may be that of the graph's result, under its name."""
+    value.type, value.shape, name = of.type, of.shape, of.name
+    ir.convenience.replace_all_uses_with(of, value, replace_graph_outputs=True)
+    of.name, value.name = f"{name}.replaced", name
+
+
+def _has_one_reader(value: ir.Value) -> bool:
+    return len(list(value.uses())) == 1
+
+
+def _is_softmax(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    return node is not None and node.op_type == "Softmax"
 
 
 def _unsliced(value: ir.Value) -> ir.Value:

@@ -123,9 +123,28 @@ def test_products_are_int8_and_the_rest_float(plain):
                     assert maker[before.input[0]].op_type == "QuantizeLinear"
                     assert types[before.input[2]] == TensorProto.UINT8
         assert set(weights.values()) == {TensorProto.INT8}
-        assert len(weights) == (1 + 3 * 4 if part != "head" else 4 + 5)
+        # A block has those of query, key, value and result, and two more; the patches have one.
+        assert len(weights) == (1 + 3 * 6 if part != "head" else 6 + 6)
         kept = {name for name in types if name.rpartition(".")[2].startswith("w_")}
         assert kept == ({"w_projection"} if part == "head" else set())
+
+
+def test_nothing_lies_between_a_product_and_attention(plain):
+    """Products give queries, keys and values apart, and values as the next product takes what is mixed."""
+    for part, blocks in ((SIDE, 3), ("head", 2)):
+        nodes = onnx.load(plain[1][part], load_external_data=False).graph.node
+        maker = {output: node for node in nodes for output in node.output}
+        softmaxes = [node for node in nodes if node.op_type == "Softmax"]
+        assert "Split" not in {node.op_type for node in nodes}
+        assert len(softmaxes) == blocks
+        results = {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+        mixed = 0
+        for name in results:
+            before = maker.get(name)
+            while before is not None and before.op_type in ("Reshape", "Transpose"):
+                before = maker.get(before.input[0])
+            mixed += before is not None and before.op_type == "MatMul"
+        assert mixed == blocks
 
 
 def test_trunks_share_their_weights(plain):
