@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from geoengine.bench.suite.machine import describe
+from geoengine.bench.suite.timing import interleaved
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.render.files import write_atomically
 
@@ -65,15 +65,8 @@ def _to_disk(path: Path, data: bytes) -> None:
 
 def measure(call: Call, kernel: Call, rounds: int = ROUNDS) -> float:
     """Return the shortest time of a stage over the shortest one of its kernel, in turns; one warm-up each."""
-    call()
-    kernel()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for turn, own in zip((kernel, call), times, strict=True):
-            start = time.perf_counter()
-            turn()
-            own.append(time.perf_counter() - start)
-    return min(times[1]) / min(times[0])
+    spreads = interleaved({"kernel": kernel, "stage": call}, rounds)
+    return spreads["stage"].least / spreads["kernel"].least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

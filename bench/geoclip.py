@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 
 from geoengine.bench.suite.machine import describe
 from geoengine.bench.suite.results import machine_folder
+from geoengine.bench.suite.timing import Spread, interleaved
 from geoengine.engine.backends import BACKENDS, Backend, open_backend
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import BackendError, BundleError
@@ -55,7 +54,7 @@ def measure(bundle: EngineBundle, rounds: int) -> dict[str, Any]:
         raise BundleError(f"{bundle.path} has no GeoCLIP: `geoengine build-engines --geoclip` adds it")
     geoclip = GeoClip.open(own, backend="auto")
     query = _unit(own.embed_dim)
-    parts = {name: statistics.median(times) for name, times in _parts(geoclip, query, rounds).items()}
+    parts = {name: times.median for name, times in _parts(geoclip, query, rounds).items()}
     files = {name: entry.bytes for name, entry in own.manifest.files.items()}
     return {
         "model": model_name(own.manifest),
@@ -128,7 +127,7 @@ def _spacing(gallery: Gallery) -> dict[str, float]:
     return {"median_km": float(np.median(nearest)), "within_25_km": float((nearest <= 25).mean())}
 
 
-def _parts(geoclip: GeoClip, query: NDArray[np.float32], rounds: int) -> dict[str, list[float]]:
+def _parts(geoclip: GeoClip, query: NDArray[np.float32], rounds: int) -> dict[str, Spread]:
     """Time what happens to a photo's embedding, round by round."""
     bundle, zero = geoclip.bundle, np.array([0])
     coarse, fine = all_xy(4), descendants_xy(all_xy(2)[:16], 2, 4)[:_CANDIDATES]
@@ -147,11 +146,7 @@ def _parts(geoclip: GeoClip, query: NDArray[np.float32], rounds: int) -> dict[st
         f"evidence of {_CANDIDATES} known tiles, zoom 10": lambda: evidence.log_probability(zero, 10, fine),
         f"embed {_CANDIDATES} tile centres": centres,
     }
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
-        for name, run in work.items():
-            times[name].append(_seconds(run))
-    return times
+    return interleaved(work, rounds, warm_up=0)
 
 
 def _photo_figures(bundle: EngineBundle, rounds: int) -> dict[str, dict[str, float]]:
@@ -167,13 +162,11 @@ def _photo_figures(bundle: EngineBundle, rounds: int) -> dict[str, dict[str, flo
                 stack.callback(backend.close)
                 backend.encode(PHOTO, picture)  # loads the graphs
                 opened[name, variant] = backend
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in opened}
-        for _ in range(rounds):
-            for key, backend in opened.items():
-                times[key].append(_seconds(partial(backend.encode, PHOTO, picture)))
+        work = {key: partial(backend.encode, PHOTO, picture) for key, backend in opened.items()}
+        times = interleaved(work, rounds, warm_up=0)
     return {
         f"{name} {variant}": {
-            "seconds": statistics.median(own),
+            "seconds": own.median,
             "peak_bytes": _peak_bytes(bundle, name, variant),
         }
         for (name, variant), own in times.items()
@@ -189,12 +182,6 @@ def _peak_bytes(bundle: EngineBundle, backend: str, variant: str) -> int:
 def _unit(width: int) -> NDArray[np.float32]:
     row = np.random.default_rng(0).normal(size=(1, width)).astype(np.float32)
     return np.asarray(row / np.linalg.norm(row), dtype=np.float32)
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:

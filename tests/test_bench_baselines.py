@@ -6,6 +6,7 @@ import pytest
 
 from geoengine.bench import baselines
 from geoengine.bench.baselines import BaselineError, Baselines, kernels, measure
+from geoengine.bench.suite import timing
 
 pytest_plugins = ["pytester"]
 
@@ -35,7 +36,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr(baselines, "time", made)
+    monkeypatch.setattr(timing, "time", made)
     return made
 
 

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+_Name = TypeVar("_Name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +36,10 @@ class Spread:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = 1
-) -> dict[str, Spread]:
+    contenders: Mapping[_Name, Callable[[], object]], rounds: int, *, warm_up: int = 1
+) -> dict[_Name, Spread]:
     """Return how long each contender takes, all in turn in every round; warm-up rounds do not count."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[_Name, list[float]] = {name: [] for name in contenders}
     for number in range(warm_up + rounds):
         for name, call in contenders.items():
             start = time.perf_counter()
