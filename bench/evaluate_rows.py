@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from geoengine.engine.errors import GeoEngineError
-from geoengine.engine.render.files import OutputError, write_atomically
+from geoengine.engine.render.files import OutputError, locked, write_atomically
 from geoengine.engine.tiles import LngLat
 
 SCHEMA = 1
@@ -117,7 +117,8 @@ class Results:
         results = cls(job, zooms, shares)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            results._undo.enter_context(_locked(folder))
+            busy = f"{folder}: another process evaluates into it; wait for it, or give another --out"
+            results._undo.enter_context(locked(folder / LOCK, busy, ResultsError))
             results._begin(folder, again)
         except OSError as error:
             results.close()
@@ -236,23 +237,6 @@ class Results:
             ranks={zoom: int(cells[f"rank_z{zoom}"]) for zoom in self.zooms if cells[f"rank_z{zoom}"]},
             radii_km={s: float(cells[f"radius_{s:g}"]) for s in self.shares if cells[f"radius_{s:g}"]},
         )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    import fcntl
-
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ResultsError(
-                f"{folder}: another process evaluates into it; wait for it, or give another --out"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_same(folder: Path, job: Mapping[str, Any]) -> None:
