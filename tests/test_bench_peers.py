@@ -1,17 +1,16 @@
-"""`geoengine bench peers`: what is right counts, what is missing is said, and an interruption keeps rows."""
+"""`geoengine bench peers`: what is right counts, and what is missing is said."""
 
-import json
 import sys
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 from geoengine.bench.kernels import Case, Table
 from geoengine.bench.suite import peers, peers_encoders, peers_scoring
 from geoengine.bench.suite.peers_contenders import BASE
+from geoengine.bench.suite.peers_part import Part
 from geoengine.bench.suite.results import Results, read
-from geoengine.cli import app
 
 
 def silent(done, total, what):
@@ -115,10 +114,10 @@ def test_results_without_ours_can_be_shown():
 def test_scoring_finds_the_exact_rows_and_goes_on(tmp_path):
     cases = (Case(300, 32, 3, 5), Case(64, 32, 1, 5))
     settings = {"part": "scoring"}
-    results = Results.start(tmp_path, "peers-scoring", settings)
-    peers_scoring.measure_scoring(results, silent, cases[:1], seconds=0.0)
-    again = Results.start(tmp_path, "peers-scoring", settings)
-    peers_scoring.measure_scoring(again, silent, cases, seconds=0.0)
+    with Results.start(tmp_path, "peers-scoring", settings) as results:
+        peers_scoring.measure_scoring(results, silent, cases[:1], seconds=0.0)
+    with Results.start(tmp_path, "peers-scoring", settings) as again:
+        peers_scoring.measure_scoring(again, silent, cases, seconds=0.0)
     first, second = peers_scoring.scoring_rows(read(again.path))
     assert first == results.document["rows"][0] and (second["n"], second["m"]) == (64, 1)
     for row in (first, second):
@@ -137,25 +136,14 @@ def test_scoring_sees_a_wrong_method_and_a_missing_one(monkeypatch):
     assert figures["usearch exact fp16"] == {"ours": False, "missing": "pip install usearch"}
 
 
-def run(*words):
-    return CliRunner().invoke(app, ["bench", "peers", *map(str, words)])
+def test_a_part_alone_does_not_replace_both():
+    settings = [peers.PeersSettings(part=part, backends=("openvino",)) for part in Part]
+    assert [own.benchmark for own in settings] == ["peers-encoders", "peers-scoring", "peers"]
 
 
-def test_the_command_keeps_rows_when_interrupted(tmp_path, monkeypatch):
-    def measure(settings, results, progress):
-        results.add("made", part="other")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(peers, "measure", measure)
-    stopped = run("scoring", "--out", tmp_path)
-    assert stopped.exit_code == 130
-    assert "1 rows are kept" in stopped.stderr and "the same command goes on" in stopped.stderr
-    [file] = tmp_path.glob("*/peers-scoring.json")
-    assert not read(file)["complete"]
-
-    monkeypatch.setattr(peers, "measure", lambda settings, results, progress: results.finish())
-    done = run("scoring", "--out", tmp_path, "--json")
-    assert json.loads(done.stdout)["rows"] == [{"key": "made", "part": "other"}]
+def test_the_file_of_results_does_not_name_a_python_of_this_machine():
+    settings = peers.PeersSettings(backends=("openvino",), fastembed="/home/somebody/bin/python")
+    assert settings.to_dict()["fastembed"] is True
 
 
 @pytest.mark.parametrize(
@@ -167,6 +155,6 @@ def test_the_command_keeps_rows_when_interrupted(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_input_is_refused(tmp_path, words, message):
-    refused = run(*words, "--out", tmp_path)
-    assert refused.exit_code == 2 and message in refused.stderr
+    done = run("bench", "peers", *words, "--out", tmp_path)
+    assert done.exit_code == 2 and message in done.stderr
     assert not any(tmp_path.iterdir())

@@ -37,19 +37,28 @@ def described(monkeypatch):
 
 
 def interrupted(folder, **settings):
-    run = Results.start(folder, "made", settings or {"k": [1, 2]})
-    run.state(warm=True)
-    run.add("k=1", seconds=1.5)
+    with Results.start(folder, "made", settings or {"k": [1, 2]}) as run:
+        run.state(warm=True)
+        run.add("k=1", seconds=1.5)
     return run
+
+
+def refused(folder, message, settings=None):
+    """Expect that a run is refused."""
+    with (
+        pytest.raises(ResultsError, match=message),
+        Results.start(folder, "made", settings or {"k": [1, 2]}),
+    ):
+        pass
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path):
     first = interrupted(tmp_path)
     assert first.path == tmp_path / "made-2-cores" / "made.json"
-    again = Results.start(tmp_path, "made", {"k": (1, 2)})  # JSON knows no tuples
-    assert again.known("k=1") and not again.known("k=2")
-    again.add("k=2", seconds=2.5)
-    again.finish()
+    with Results.start(tmp_path, "made", {"k": (1, 2)}) as again:  # JSON knows no tuples
+        assert again.known("k=1") and not again.known("k=2")
+        again.add("k=2", seconds=2.5)
+        again.finish()
     document = results.read(again.path)
     assert document["complete"] and document["facts"] == {"warm": True}
     assert document["rows"] == [{"key": "k=1", "seconds": 1.5}, {"key": "k=2", "seconds": 2.5}]
@@ -58,12 +67,14 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path):
 def test_a_finished_run_is_replaced_by_the_first_row_and_not_before(tmp_path):
     run = interrupted(tmp_path)
     run.finish()
-    new = Results.start(tmp_path, "made", {"k": [8]})
-    assert not new.known("k=1")
-    assert results.read(run.path)["complete"], "interrupted before it measured anything"
-    new.add("k=8", seconds=1)
+    with Results.start(tmp_path, "made", {"k": [8]}) as new:
+        assert not new.known("k=1")
+        new.state(warm=False)
+        assert results.read(run.path)["complete"], "interrupted before it measured anything"
+        new.add("k=8", seconds=1)
     document = results.read(run.path)
     assert [row["key"] for row in document["rows"]] == ["k=8"] and not document["complete"]
+    assert document["facts"] == {"warm": False}
 
 
 @pytest.mark.parametrize(
@@ -78,15 +89,14 @@ def test_a_finished_run_is_replaced_by_the_first_row_and_not_before(tmp_path):
 def test_rows_of_another_state_do_not_join(tmp_path, described, change, message):
     interrupted(tmp_path)
     described.update(change)
-    with pytest.raises(ResultsError, match=message):
-        Results.start(tmp_path, "made", {"k": [1, 2]})
+    refused(tmp_path, message)
 
 
 def test_other_settings_are_refused_with_a_remedy(tmp_path):
     run = interrupted(tmp_path)
-    with pytest.raises(ResultsError, match=r"other settings \(k: \[1, 2\], now \[4\]\).*--again"):
-        Results.start(tmp_path, "made", {"k": [4]})
-    assert Results.start(tmp_path, "made", {"k": [4]}, again=True).document["rows"] == []
+    refused(tmp_path, r"other settings \(k: \[1, 2\], now \[4\]\).*--again", {"k": [4]})
+    with Results.start(tmp_path, "made", {"k": [4]}, again=True) as anew:
+        assert anew.document["rows"] == []
     assert len(results.read(run.path)["rows"]) == 1, "kept until there is a new row"
 
 
@@ -104,9 +114,9 @@ def test_results_of_another_form_are_refused(tmp_path, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ResultsError, match=message):
         results.read(path)
-    with pytest.raises(ResultsError, match=message):
-        Results.start(tmp_path, "made", {"k": [1, 2]})
-    Results.start(tmp_path, "made", {"k": [1, 2]}, again=True).add("k=1")
+    refused(tmp_path, message)
+    with Results.start(tmp_path, "made", {"k": [1, 2]}, again=True) as run:
+        run.add("k=1")
     assert results.read(path)["schema"] == results.SCHEMA
 
 
@@ -129,13 +139,13 @@ def test_a_full_disk_keeps_the_rows_so_far(tmp_path, monkeypatch):
         with pytest.raises(OutputError, match="No space left"):
             run.add("k=2", seconds=2)
     assert [row["key"] for row in results.read(run.path)["rows"]] == ["k=1"]
-    assert [file.name for file in run.path.parent.iterdir()] == ["made.json"]
+    assert sorted(file.name for file in run.path.parent.iterdir()) == [".made.lock", "made.json"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be made"):
-        Results.start(tmp_path / "file", "made", {})
+    with pytest.raises(OutputError, match="cannot be made"), Results.start(tmp_path / "file", "made", {}):
+        pass
 
 
 def test_plots_are_files_beside(tmp_path):

@@ -1,6 +1,5 @@
 """`geoengine bench scale`: what is counted, what is left out, and how it is shown."""
 
-import json
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
 
@@ -8,12 +7,10 @@ import numpy as np
 import pytest
 from fakes import AddressTiles
 from tiny_bundle import write_tiny_bundle
-from typer.testing import CliRunner
 
 from geoengine.bench.suite import scale, scale_rows, scale_tables
 from geoengine.bench.suite.results import Results
 from geoengine.bench.suite.timing import Spread
-from geoengine.cli import app
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import SourceError
 from geoengine.engine.results import Level, ScoredTile
@@ -83,8 +80,8 @@ def test_measures_both_bundles_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "_trained", lambda: tiny_engine(tmp_path / "trained"))
     monkeypatch.setattr(scale, "_open", tiny_engine)
     settings = scale.ScaleSettings(parts=("photos", "k"), bundle=str(tmp_path / "other"), k=1, counts=counts)
-    results = Results.start(tmp_path, "scale", {})
-    scale.measure(settings, results, nothing)
+    with Results.start(tmp_path, settings.benchmark, settings.to_dict()) as results:
+        scale.measure(settings, results, nothing)
     rows = {row["key"]: row for row in results.document["rows"]}
     ours = "tiny, none"
     assert set(rows) == {
@@ -132,9 +129,9 @@ def test_missing_tiles_are_an_error(tmp_path):
 
 def test_rows_of_an_index(tmp_path, monkeypatch):
     monkeypatch.setenv("GEOENGINE_CACHE", str(tmp_path))
-    results = Results.start(tmp_path, "scale", {})
     monkeypatch.setattr(scale_rows, "available_memory", lambda: 10**8)
-    scale_rows.measure_rows((1000, 10**6), results, nothing)
+    with Results.start(tmp_path, "scale-rows", {}) as results:
+        scale_rows.measure_rows((1000, 10**6), results, nothing)
     small, large = results.document["rows"]
     assert small["scoring_s"]["rounds"] >= 3 and 0 < small["opening_s"] < 60
     assert large["left_out"] == "needs 1.2 GB of memory, and 0.1 are free"
@@ -180,7 +177,8 @@ def document(region_64):
         }
         for n in (10**4, 10**5)
     ]  # fmt: skip
-    return {"facts": {"series": {"s": "openvino, int8"}, "region_km": 2.0}, "rows": rows}
+    facts = {"series": {"s": "openvino, int8"}, "region_km": 2.0}
+    return {"benchmark": "scale", "facts": facts, "rows": rows}
 
 
 def test_says_whether_the_goal_is_met():
@@ -204,25 +202,11 @@ def test_plots():
     assert list(drawn) == ["scale-photos", "scale-k", "scale-rows"]
     for text in drawn.values():
         assert ET.fromstring(text).tag.endswith("svg")
-    assert scale_tables.plots({"facts": {}, "rows": []}) == {}
+    assert scale_tables.plots({"benchmark": "scale", "facts": {}, "rows": []}) == {}
 
 
-def test_command(tmp_path, monkeypatch):
-    def add(settings, results, progress):
-        for row in document(128.0)["rows"]:
-            results.add(**row)
-
-    monkeypatch.setattr(scale, "measure", add)
-    done = CliRunner().invoke(app, ["bench", "scale", "k", "--out", str(tmp_path), "--json"])
-    assert done.exit_code == 0, done.output
-    written = json.loads(done.stdout)
-    assert written["complete"] and written["settings"]["parts"] == ["k"]
-    assert len(list(tmp_path.glob("*/scale-*.svg"))) == 3
-
-    def interrupt(settings, results, progress):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(scale, "measure", interrupt)
-    done = CliRunner().invoke(app, ["bench", "scale", "--out", str(tmp_path / "other")])
-    assert done.exit_code == 130
-    assert "the same command goes on" in done.stderr
+def test_a_part_alone_replaces_neither_results_nor_plots_of_all():
+    names = {scale.ScaleSettings(parts=parts).benchmark for parts in (scale.PARTS, ("k",), ("photos", "k"))}
+    assert names == {"scale", "scale-k", "scale-photos-k"}
+    drawn = [plot for name in names for plot in scale_tables.plots(document(128.0) | {"benchmark": name})]
+    assert len(set(drawn)) == len(drawn) == 3 * 3

@@ -3,7 +3,6 @@
 import json
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import asdict
 
 import pytest
 from made_encoders import MEAN, STD
@@ -47,8 +46,8 @@ def small(tmp_path_factory):
 
 def measured(small, folder, **options):
     settings = StageSettings(bundle=str(small[0]), tiles=str(small[1]), k=2, rounds=1, **options)
-    results = Results.start(folder, "stages", asdict(settings))
-    stages.measure(settings, results, lambda *_: None)
+    with Results.start(folder, settings.benchmark, settings.to_dict()) as results:
+        stages.measure(settings, results, lambda *_: None)
     return results
 
 

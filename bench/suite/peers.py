@@ -11,12 +11,11 @@ from geoengine.bench.suite.peers_contenders import OURS, Setting, check_fastembe
 from geoengine.bench.suite.peers_encoders import best_peer, encoder_rows, encoders_text, measure_encoders
 from geoengine.bench.suite.peers_part import Part
 from geoengine.bench.suite.peers_scoring import measure_scoring, quickest, scoring_rows, scoring_text
-from geoengine.bench.suite.results import Results
+from geoengine.bench.suite.results import Progress, Results
 from geoengine.bench.suite.timing import peak_memory_mib
 from geoengine.engine.backends import GPU_BACKENDS
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.extras import require_extra
-from geoengine.export.check import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +38,15 @@ class PeersSettings:
                 f"unknown backend {', '.join(unknown) or 'none'}: there are {', '.join(OURS)}"
             )
 
+    @property
+    def benchmark(self) -> str:
+        """The name of the file of results: a part alone must not replace both."""
+        return "peers" if self.part is Part.both else f"peers-{self.part}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them JSON-ready; of fastembed's Python only that there was one."""
+        return {**asdict(self), "fastembed": self.fastembed is not None}
+
 
 def default_backends(*, gpu: bool) -> tuple[str, ...]:
     """Return the backends of ours that are for a machine with a GPU, or without."""
@@ -54,8 +62,12 @@ def check(settings: PeersSettings) -> None:
 
 
 def measure(settings: PeersSettings, results: Results, progress: Progress) -> None:
-    """Add the rows that are not there yet, and finish the results."""
+    """Add the rows that are not there yet; raises GeoEngineError."""
     start = time.perf_counter()
+
+    def show(done: int, total: int, what: str) -> None:
+        progress(what, done, total)
+
     if settings.part is not Part.scoring:
         setting = Setting(
             batch=settings.batch,
@@ -63,16 +75,10 @@ def measure(settings: PeersSettings, results: Results, progress: Progress) -> No
             backends=settings.backends,
             fastembed=settings.fastembed,
         )
-        measure_encoders(setting, settings.rounds, results, progress)
+        measure_encoders(setting, settings.rounds, results, show)
     if settings.part is not Part.encoders:
-        measure_scoring(results, progress)
+        measure_scoring(results, show)
     results.state(seconds=time.perf_counter() - start, peak_memory_mib=peak_memory_mib())
-    results.finish()
-
-
-def settings_json(settings: PeersSettings) -> dict[str, Any]:
-    """Return the settings for a results file; of fastembed's Python only that there was one."""
-    return {**asdict(settings), "fastembed": settings.fastembed is not None}
 
 
 def tables(document: Mapping[str, Any]) -> str:

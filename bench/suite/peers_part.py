@@ -11,8 +11,3 @@ class Part(StrEnum):
     encoders = "encoders"
     scoring = "scoring"
     both = "both"
-
-    @property
-    def benchmark(self) -> str:
-        """The name of its results: a part alone must not replace both."""
-        return "peers" if self is Part.both else f"peers-{self}"

@@ -7,15 +7,21 @@ asked), `complete`, `facts` (what was measured once for all rows), and `rows`, e
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from geoengine.bench.suite.machine import describe
 from geoengine.engine.errors import GeoEngineError
-from geoengine.engine.render.files import OutputError, check_writable, write_atomically
+from geoengine.engine.render.files import OutputError, check_writable, locked, write_atomically
 
 SCHEMA = 1
+
+Progress: TypeAlias = Callable[[str, int, int | None], None]
+"""Takes what is being done, steps done, and steps in all or None when that is not known."""
 
 _PARTS = {"benchmark": str, "machine": dict, "settings": dict, "complete": bool, "facts": dict, "rows": list}
 _SAME = ("cpu", "cores", "gpu", "driver", "python", "packages", "commit")
@@ -29,7 +35,7 @@ class ResultsError(GeoEngineError):
 class Results:
     """The file of one benchmark that is being run; every change is on disk at once.
 
-    `known` tells which rows a run that was interrupted has left. Open it with `Results.start`.
+    `known` tells which rows a run that was interrupted has left. Open it with `Results.start`, in a `with`.
     """
 
     def __init__(self, path: Path, document: dict[str, Any]) -> None:
@@ -37,15 +43,17 @@ class Results:
         self.document = document
 
     @classmethod
+    @contextmanager
     def start(
         cls, folder: Path, benchmark: str, settings: Mapping[str, Any], *, again: bool = False
-    ) -> Results:
+    ) -> Iterator[Results]:
         """Begin a run, or go on with one of the same settings that was interrupted on this machine.
 
-        The file is `<folder>/<machine>/<benchmark>.json`. A complete one is replaced by the first row or
-        fact, not before; with `again`, an unfinished one too. Raises ResultsError for an unfinished run of
-        other settings, on another machine or commit, or of another schema, OutputError when the folder
-        cannot be written.
+        The file is `<folder>/<machine>/<benchmark>.json`; until the block is left, no other process can run
+        the benchmark there. A complete one is replaced by the first row, not before; with `again`, an
+        unfinished one too. Raises ResultsError for an unfinished run of other settings, on another machine
+        or commit, or of another schema, and while another process runs it; OutputError when the folder cannot
+        be written.
         """
         machine = describe()
         path = folder / machine["name"] / f"{benchmark}.json"
@@ -60,12 +68,13 @@ class Results:
             "facts": {},
             "rows": [],
         }
-        if path.exists() and not again:
-            before = read(path)
-            if not before["complete"]:
-                _check_same(path, before, document)
-                document = before
-        return cls(path, document)
+        with _only_run(path):
+            if path.exists() and not again:
+                before = read(path)
+                if not before["complete"]:
+                    _check_same(path, before, document)
+                    document = before
+            yield cls(path, document)
 
     def known(self, key: str) -> bool:
         """Return whether a row is there already."""
@@ -77,9 +86,10 @@ class Results:
         self._write()
 
     def state(self, **facts: Any) -> None:  # noqa: ANN401 - whatever JSON takes
-        """Set facts that all rows share; raises OutputError."""
+        """Set facts that all rows share, written with the first row or after it; raises OutputError."""
         self.document["facts"].update(facts)
-        self._write()
+        if self.document["rows"]:
+            self._write()
 
     def finish(self) -> None:
         """Call the run complete; raises OutputError."""
@@ -148,6 +158,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ResultsError(f"{path}: holds no results of a benchmark, but other JSON: take it away")
     return document
+
+
+@contextmanager
+def _only_run(path: Path) -> Iterator[None]:
+    """Keep other processes from running a benchmark while the block runs; raises ResultsError."""
+    lock = path.with_name(f".{path.stem}.lock")
+    holder = ""
+    with suppress(OSError):
+        holder = lock.read_text(encoding="utf-8", errors="replace")
+    busy = f"{path}: another run{holder and f' ({holder})'} writes there; wait for it, or give another --out"
+    with locked(lock, busy, ResultsError):
+        with suppress(OSError):  # only the other run's message lacks it
+            now = datetime.now(UTC)
+            lock.write_text(f"process {os.getpid()}, since {now:%Y-%m-%d %H:%M:%S} UTC", encoding="utf-8")
+        yield
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geoengine.bench.suite import workload
-from geoengine.bench.suite.results import Results
+from geoengine.bench.suite.results import Progress, Results
 from geoengine.bench.suite.scale_rows import measure_rows
 from geoengine.bench.suite.scale_tables import GOAL_PHOTOS, key_figures, plots, tables
 from geoengine.bench.suite.timing import Spread
@@ -55,8 +55,6 @@ _SHORT_S, _ROUNDS = 3.0, 3  # shorter calls are repeated
 Candidates: TypeAlias = dict[int, NDArray[np.int64]]
 """Tiles of one level by photo, int64[n, 2]."""
 
-Progress: TypeAlias = Callable[[str, int, int | None], None]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleSettings:
@@ -72,6 +70,15 @@ class ScaleSettings:
     k: int = 16
     counts: tuple[int, ...] = COUNTS
     index_rows: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7)
+
+    @property
+    def benchmark(self) -> str:
+        """The name of the file of results: some parts alone must not replace all."""
+        return "scale" if self.parts == PARTS else "-".join(("scale", *self.parts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them JSON-ready."""
+        return asdict(self)
 
 
 def measure(settings: ScaleSettings, results: Results, progress: Progress) -> None:

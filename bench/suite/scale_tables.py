@@ -175,22 +175,22 @@ def duration(seconds: float) -> str:
 def plots(document: Mapping[str, Any]) -> dict[str, str]:
     """Return log-log plots as SVG, by the stem of their files; needs the extra `evaluate`."""
     require_extra("evaluate", ("matplotlib",), "drawing plots")
-    drawn = {}
+    drawn, name = {}, document["benchmark"]
     photos, ks, rows = (_rows(document, part) for part in ("photos", "k", "rows"))
     if any("seconds" in row for row in photos):
-        drawn["scale-photos"] = _svg(
+        drawn[f"{name}-photos"] = _svg(
             lambda axes: _draw_photos(axes, photos),
             ("photos in one call", "photos in one call"),
             ("seconds a photo", "ms a distinct tile"),
         )
     if any("seconds" in row for row in ks):
-        drawn["scale-k"] = _svg(
+        drawn[f"{name}-k"] = _svg(
             lambda axes: _draw_k(axes, ks),
             ("beam width k", "beam width k"),
             ("seconds, one photo", "ms a tile"),
         )
     if any("scoring_s" in row for row in rows):
-        drawn["scale-rows"] = _svg(
+        drawn[f"{name}-rows"] = _svg(
             lambda axes: _draw_rows(axes, rows), ("rows of the index",) * 2, ("milliseconds", "MiB")
         )
     return drawn

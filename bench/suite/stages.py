@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +21,7 @@ import numpy as np
 from geoengine.bench.readme import percent, table
 from geoengine.bench.suite import limits
 from geoengine.bench.suite import stage_clock as clocks
-from geoengine.bench.suite.results import Results
+from geoengine.bench.suite.results import Progress, Results
 from geoengine.bench.suite.stage_clock import StageClock, watched
 from geoengine.bench.suite.timing import Spread
 from geoengine.bench.suite.waterfall import Bar, waterfall
@@ -35,7 +34,6 @@ from geoengine.engine.manifest import encoder_name
 from geoengine.engine.search import SearchConfig
 from geoengine.engine.sources import TileSource, open_source
 
-Progress: TypeAlias = Callable[[str, int, int | None], None]
 Document: TypeAlias = dict[str, Any]
 
 GOAL = 0.10
@@ -61,6 +59,15 @@ class StageSettings:
         if self.k < 1 or self.rounds < 1:
             raise GeoEngineError(f"k and rounds must be at least 1, got {self.k} and {self.rounds}")
 
+    @property
+    def benchmark(self) -> str:
+        """The name of the file of results."""
+        return "stages"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them JSON-ready."""
+        return asdict(self)
+
 
 def measure(settings: StageSettings, results: Results, progress: Progress) -> None:
     """Add a row for each backend; raises GeoEngineError when none can run, or the bundle or tiles cannot."""
@@ -74,7 +81,6 @@ def measure(settings: StageSettings, results: Results, progress: Progress) -> No
             bundle.path, _tiles(settings, bundle), backend=name, precision=settings.precision
         ) as engine:
             results.add(name, **_measured(engine, settings, progress))
-    results.finish()
 
 
 def _backends(bundle: EngineBundle, settings: StageSettings) -> list[str]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from geoengine.bench.published import published
 from geoengine.bench.suite import paper
 from geoengine.bench.suite.locating import Locator, Order, Tiles, locating
 from geoengine.bench.suite.network import pool_bodies, serving
-from geoengine.bench.suite.results import Results
+from geoengine.bench.suite.results import Progress, Results
 from geoengine.bench.suite.table1_inputs import Photos, accuracy_note, opened_photos, random_index
 from geoengine.bench.suite.table1_tables import key_figures, speedups, tables
 from geoengine.bench.suite.timing import Spread
@@ -35,8 +35,6 @@ __all__ = ["Table1Settings", "key_figures", "measure", "speedups", "tables"]
 
 _COUNT_ON_GPU = 25
 _COUNT_AT_16 = 3  # photos on a CPU, where tiles take the time; fewer at larger k
-
-Progress: TypeAlias = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +74,10 @@ class Table1Settings:
     def benchmark(self) -> str:
         """The name of the file of results."""
         return "table1" if self.network_ms is None else "table1-network"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them JSON-ready."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

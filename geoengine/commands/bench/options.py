@@ -21,6 +21,7 @@ BundleOption = Annotated[
         "(some minutes): speed does not depend on what encoders have learnt."
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="The results as a JSON object instead of tables.")]
 RoundsOption = Annotated[int, typer.Option(help="Rounds, in which all contenders take turns.", min=1)]
 
 DEFAULT_OUT = Path("bench/results")

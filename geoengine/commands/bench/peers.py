@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from geoengine.bench.suite.peers_part import Part
-from geoengine.commands.bench.options import DEFAULT_OUT, AgainOption, OutOption, RoundsOption
-from geoengine.commands.terminal import Exit, complain, progress_bar, write_result
+from geoengine.commands.bench.options import DEFAULT_OUT, AgainOption, JsonOption, OutOption, RoundsOption
+from geoengine.commands.bench.running import run
 
 
 def peers(
@@ -26,7 +25,7 @@ def peers(
     ] = None,
     out: OutOption = DEFAULT_OUT,
     again: AgainOption = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the results file, not tables.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare our encoders and scoring with the libraries that a user would take: speed and accuracy.
 
@@ -35,7 +34,6 @@ def peers(
     """
     from geoengine.bench.suite import peers as suite
     from geoengine.bench.suite.machine import gpu_name
-    from geoengine.bench.suite.results import Results
 
     settings = suite.PeersSettings(
         part=part,
@@ -45,14 +43,4 @@ def peers(
         fastembed=fastembed,
     )
     suite.check(settings)
-    results = Results.start(out, part.benchmark, suite.settings_json(settings), again=again)
-    try:
-        with progress_bar("starting") as show:
-            suite.measure(settings, results, lambda done, total, what: show(what, done, total))
-    except KeyboardInterrupt:
-        complain(
-            f"interrupted: {len(results.document['rows'])} rows are kept in {results.path}; "
-            "the same command goes on, and --again starts anew"
-        )
-        raise typer.Exit(Exit.INTERRUPTED) from None
-    write_result(json.dumps(results.document, indent=1) + "\n" if json_ else suite.tables(results.document))
+    run(suite, settings, out=out, again=again, as_json=as_json)

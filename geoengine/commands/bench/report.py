@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from geoengine.commands.bench.options import DEFAULT_OUT
+from geoengine.commands.bench.options import DEFAULT_OUT, JsonOption
 from geoengine.commands.terminal import Exit, complain, write_result
 
 
@@ -25,7 +25,7 @@ def report(
         Path | None,
         typer.Option(help="Write it to FILE.md, or to README.md in a folder, with the plots beside it."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all results as one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the results of all machines and benchmarks side by side.
 

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from geoengine.commands.bench.options import DEFAULT_OUT, AgainOption, BundleOption, OutOption
+from geoengine.commands.bench.options import DEFAULT_OUT, AgainOption, BundleOption, JsonOption, OutOption
+from geoengine.commands.bench.running import run
 from geoengine.commands.options import BackendOption, PrecisionOption, TilesOption
 from geoengine.commands.orders import beam_widths
-from geoengine.commands.terminal import Exit, complain, progress_bar, write_result
 
 _MoreK = Annotated[
     list[int] | None,
@@ -39,8 +39,6 @@ _Budget = Annotated[
     float, typer.Option(help="Seconds at each k for the paper's procedure in PyTorch, in turn with ours.")
 ]
 
-_Json = Annotated[bool, typer.Option("--json", help="The results as a JSON object instead of tables.")]
-
 
 def table1(
     more_k: _MoreK = None,
@@ -55,20 +53,16 @@ def table1(
     budget: _Budget = 20.0,
     out: OutOption = DEFAULT_OUT,
     again: AgainOption = False,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Time one photo for each beam width, as the paper's Table 1 does, beside the paper's own procedure.
 
     With nothing known of the tiles, with zooms 4, 6 and 8 in an index, and with all tiles known. Tiles are
     the suite's own, on the disk, unless --tiles or --simulate-network says otherwise.
     """
-    import json
-    from dataclasses import asdict
+    from geoengine.bench.suite import table1 as suite
 
-    from geoengine.bench.suite.results import Results
-    from geoengine.bench.suite.table1 import Table1Settings, measure, tables
-
-    settings = Table1Settings(
+    settings = suite.Table1Settings(
         ks=tuple(beam_widths(k, more_k)),
         bundle=bundle,
         backend=backend,
@@ -79,13 +73,4 @@ def table1(
         network_ms=simulate_network,
         budget_s=budget,
     )
-    results = Results.start(out, settings.benchmark, asdict(settings), again=again)
-    try:
-        with progress_bar("looking for the encoders") as show:
-            measure(settings, results, show)
-    except KeyboardInterrupt:
-        complain(f"interrupted: {results.path} has the finished rows, and the same command goes on there")
-        raise typer.Exit(Exit.INTERRUPTED) from None
-    results.finish()
-    complain(f"results: {results.path}")
-    write_result(json.dumps(results.document, indent=1) + "\n" if as_json else tables(results.document))
+    run(suite, settings, out=out, again=again, as_json=as_json)
