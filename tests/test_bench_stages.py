@@ -113,7 +113,7 @@ def test_vit_b_32_has_the_flop_of_its_shapes(tmp_path):
     assert whole == pytest.approx(8.7e9, rel=0.02)
     assert flop[1][224][RESIZE] == 0
     assert flop[1][256][MODEL] == flop[1][224][MODEL]
-    # Columns of 256 rows, then rows of 224 columns, of three colours, each from the pixels that its patch needs.
+    # Columns of 256 rows, then rows of 224 columns, of three colours, from the pixels that a patch needs.
     whole = 2 * 3 * 256 * 224 * (256 + 224)
     assert 32 / 256 * whole < flop[1][256][RESIZE] < 48 / 256 * whole
 
