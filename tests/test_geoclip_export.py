@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from command_line import refused, run
+from made_builds import save_set
 from made_geoclip import POINTS, use_small_geoclip, write_package
-from test_export_build import save_set
 from tiny_bundle import write_tiny_bundle
 
 from geoengine.engine.bundle import EngineBundle

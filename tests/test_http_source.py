@@ -22,13 +22,8 @@ from geoengine.engine.tiles import LngLatBbox, Tile, all_xy, quadkey, tms_row, x
 
 @pytest.fixture
 def server():
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.http.shutdown()
-    thread.join()
-    server.http.server_close()
+    with Server() as server:
+        yield server
 
 
 @contextmanager

@@ -1,109 +1,33 @@
-"""The web page in a real browser: a photo in, the search live, the answer, and what can go wrong."""
+"""The web page in a real browser: a photo in, the search live, the answer, for everybody."""
 
 import base64
-import io
 import json
-import re
-import shutil
 import threading
 from pathlib import Path
 
 import pytest
-from page_server import made_search, page_server, problem
-from PIL import Image
+from page_browser import PLACE, choose, expect, jpeg, pages, rows, running_browser, searching_server, told
+from page_server import made_search, problem
 
-from geoengine.engine.tiles import LngLat
-
-pytest.importorskip("playwright", reason="the page's tests need playwright")
-from playwright.sync_api import expect, sync_playwright
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PHOTOS = Path(__file__).parent / "data" / "photos"
-PLACE = LngLat(7.5, 46.25)
-CALM = {"reduced_motion": "reduce", "viewport": {"width": 1200, "height": 800}}
-expect.set_options(timeout=15_000)
 
 
 @pytest.fixture(scope="module")
 def browser():
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(NAMES)}")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
+    with running_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def server():
-    with page_server() as server:
-        events, result = made_search(PLACE)
-        server.answer = told(events, result)
+    with searching_server() as server:
         yield server
 
 
 @pytest.fixture
 def open_page(browser):
-    """Open a URL in a fresh browser context; whatever the console complains of fails the test."""
-    contexts, complaints = [], []
-
-    def open_page(url, *, accept=(), **options):
-        context = browser.new_context(**(CALM | options))
-        contexts.append(context)
-        page = context.new_page()
-
-        def heard(text):
-            if not any(word in text for word in accept):
-                complaints.append(text)
-
-        page.on("console", lambda message: message.type in ("error", "warning") and heard(message.text))
-        page.on("pageerror", lambda error: heard(str(error)))
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-def told(events, result, *, before=None):
-    """Return what answers a search with its events; `before(name)` is called before each."""
-
-    def answer(tell):
-        tell("accepted", {"request": "1", "waiting": 0})
-        for name, data in [*events, ("result", result)]:
-            if before is not None:
-                before(data.get("zoom", name))
-            tell(name, data)
-
-    return answer
-
-
-def jpeg(size=(40, 30), colour="red"):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def choose(page, data=None, name="photo.jpg", kind="image/jpeg"):
-    page.set_input_files(
-        "#file", {"name": name, "mimeType": kind, "buffer": jpeg() if data is None else data}
-    )
-
-
-def rows(page):
-    return page.locator("#levels tr")
+    with pages(browser) as open_page:
+        yield open_page
 
 
 # --- a search ----------------------------------------------------------------------------------------------
@@ -267,162 +191,6 @@ def test_without_levels_nothing_is_said_of_tiles(server, open_page):
     )
     expect(page.locator("#radius-meaning")).to_contain_text("of what GeoCLIP takes for likely")
     expect(rows(page)).to_have_count(0)
-
-
-# --- what can go wrong -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "data", "title", "text"),
-    [
-        (
-            "notes.txt",
-            "text/plain",
-            b"hello",
-            "This is not a photo that can be read",
-            "“notes.txt” is not a picture",
-        ),
-        ("empty.jpg", "image/jpeg", b"", "This is not a photo", "“empty.jpg” is empty"),
-        (
-            "big.jpg",
-            "image/jpeg",
-            b"x" * 200_000,
-            "This photo is too large",
-            "this server takes 0.1 MB",
-        ),
-    ],
-)
-def test_files_that_are_refused_before_they_are_sent(server, open_page, name, kind, data, title, text):
-    page = open_page(server.address)
-    choose(page, data, name, kind)
-    expect(page.get_by_role("alert")).to_contain_text(title)
-    expect(page.get_by_role("alert")).to_contain_text(text)
-    expect(page.locator("#retry")).to_be_hidden()
-    assert not server.bodies
-    choose(page)
-    expect(page.get_by_role("alert")).to_be_hidden()
-    expect(page.locator("#result")).to_be_visible()
-
-
-@pytest.mark.parametrize(
-    ("refused", "title", "again"),
-    [
-        (problem(413, "the photo has too many pixels"), "This photo is too large", False),
-        (problem(415, "this is no picture"), "This is not a photo that can be read", False),
-        (problem(422, "there are no map tiles in this region"), "This cannot be searched", False),
-        (problem(503, "the queue is full"), "The server is busy or not well", True),
-    ],
-)
-def test_what_the_server_refuses(server, open_page, refused, title, again):
-    page = open_page(server.address, accept=["the server responded with a status"])
-    answer, server.answer = server.answer, refused
-    choose(page)
-    expect(page.get_by_role("alert")).to_contain_text(title)
-    expect(page.locator("#problem-text")).to_have_text(refused["detail"].capitalize() + ".")
-    assert page.locator("#retry").is_visible() == again
-    if again:
-        server.answer = answer
-        page.get_by_role("button", name="Try again").click()
-        expect(page.locator("#result")).to_be_visible()
-        expect(page.get_by_role("alert")).to_be_hidden()
-
-
-def test_a_rate_limit_is_waited_for(server, open_page):
-    page = open_page(server.address, accept=["the server responded with a status"])
-    answer, server.answer = server.answer, problem(429, "too many requests of this client", retry_after=2)
-    choose(page)
-    retry = page.locator("#retry")
-    expect(retry).to_be_disabled()
-    expect(retry).to_have_text(re.compile(r"Try again in [12] s"))
-    server.answer = answer
-    expect(retry).to_be_enabled()
-    retry.click()
-    expect(page.locator("#result")).to_be_visible()
-
-
-def test_a_server_that_is_gone_and_comes_back(server, open_page):
-    page = open_page(server.address, accept=["ERR_CONNECTION", "Failed to load resource"])
-    expect(page.locator("#about")).to_contain_text("geoengine 0.1.0")
-    port = server.http.server_port
-    server.stop()
-    choose(page)
-    expect(page.get_by_role("alert")).to_contain_text("The server does not answer")
-    with page_server(port) as again:
-        again.answer = server.answer
-        page.get_by_role("button", name="Try again").click()
-        expect(page.locator("#result")).to_be_visible()
-
-
-def test_an_answer_that_breaks_off(server, open_page):
-    events, _ = made_search(PLACE)
-    whole = server.answer
-
-    def cut(tell):
-        for name, data in events[:3]:
-            tell(name, data)
-
-    server.answer = cut
-    page = open_page(server.address)
-    choose(page)
-    expect(page.get_by_role("alert")).to_contain_text("The connection broke off")
-    expect(page.get_by_role("alert")).to_contain_text("as far as level 3")
-    expect(rows(page)).to_have_count(3)
-    server.answer = whole
-    page.get_by_role("button", name="Try again").click()
-    expect(page.locator("#result")).to_be_visible()
-    expect(rows(page)).to_have_count(7)
-
-
-def test_an_error_in_the_middle_of_a_search(server, open_page):
-    events, _ = made_search(PLACE)
-
-    def fails(tell):
-        tell(*events[0])
-        tell("error", problem(503, "the tile server fails"))
-
-    server.answer = fails
-    page = open_page(server.address)
-    choose(page)
-    expect(page.locator("#problem-text")).to_have_text("The tile server fails.")
-    expect(page.locator("#retry")).to_be_visible()
-
-
-def test_a_key_is_asked_for_only_when_it_is_needed(server, open_page):
-    server.key = "right"
-    page = open_page(server.address, accept=["401"])
-    expect(page.get_by_label("API key")).to_be_focused()
-    expect(page.locator("#pick")).to_be_hidden()
-    for key in ("wrong", "right"):
-        page.get_by_label("API key").fill(key)
-        page.keyboard.press("Enter")
-        if key == "wrong":
-            expect(page.get_by_role("alert")).to_contain_text("This key is not accepted")
-    expect(page.locator("#key-form")).to_be_hidden()
-    expect(page.get_by_role("alert")).to_be_hidden()
-    choose(page)
-    expect(page.locator("#result")).to_be_visible()
-    expect(page.locator("#map img[src^=blob]").first).to_be_attached()
-    assert "right" not in page.url and not any("right" in path for path in server.requests)
-
-
-def test_a_map_that_may_not_be_shown(server, open_page):
-    server.about["tiles"] = server.about["tiles"] | {"shown": False, "reason": "its terms forbid it"}
-    server.about |= {"world": "earth", "demo": False}
-    page = open_page(server.address)
-    expect(page.locator("#map-note")).to_have_text("The map is not shown: its terms forbid it.")
-    expect(page.locator("#map path.land")).to_have_count(1)  # the coasts instead
-    expect(page.locator("#samples")).to_be_hidden()
-    expect(page.locator("#banner")).to_be_hidden()
-    choose(page)
-    expect(page.locator("#map path.radius")).to_have_count(1)
-    assert not any(path.startswith("/v1/tiles") for path in server.requests)
-
-
-def test_text_of_the_server_is_not_markup(server, open_page):
-    server.about["model"] = "<img src=x>"
-    page = open_page(server.address)
-    expect(page.locator(".leaflet-control-attribution")).to_have_text("made <b>tiles</b> & more")
-    expect(page.locator("#about")).to_contain_text("<img src=x>")
 
 
 # --- for everybody -----------------------------------------------------------------------------------------

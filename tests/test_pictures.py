@@ -5,7 +5,7 @@ import io
 import json
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import jsonschema
 import numpy as np
@@ -256,16 +256,15 @@ def test_results_say_what_was_late_enlarged_and_scored_whole():
 
 def test_a_late_tile_of_a_server_is_still_kept(tmp_path):
     """The search goes on without it; the next search has it."""
-    server, go_on = Server(), threading.Event()
+    go_on = threading.Event()
 
     def slowly(request):
         assert go_on.wait(LATEST_S)
         send(request, 200, {"Content-Type": "image/png"}, tile_picture(3, 7, 7, size=16))
 
-    server.always["3/7/7"] = slowly
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with Server() as server, ExitStack() as released:
+        released.callback(go_on.set)
+        server.always["3/7/7"] = slowly
         cache = TileCache(tmp_path / "tiles.mbtiles", {"name": "test", IDENTITY_KEY: "test"})
         description = SourceDescription(template=server.address + "/{z}/{x}/{y}.png", concurrency=4)
         with closing(HttpSource(description, cache)) as source:
@@ -284,9 +283,4 @@ def test_a_late_tile_of_a_server_is_still_kept(tmp_path):
             while not (kept := cache.get([Tile(3, 7, 7)])) and time.monotonic() < end:
                 time.sleep(0.02)
             assert kept
-    finally:
-        go_on.set()
-        server.http.shutdown()
-        thread.join()
-        server.http.server_close()
     assert server.tiles_asked()["/3/7/7.png"] == 1

@@ -1,6 +1,5 @@
 """PMTiles archives on a web server."""
 
-import threading
 import time
 from contextlib import closing
 
@@ -18,13 +17,8 @@ from geoengine.engine.tiles import Tile, all_xy, descendants_xy
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("GEOENGINE_CACHE", str(tmp_path / "cache"))
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.http.shutdown()
-    thread.join()
-    server.http.server_close()
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture

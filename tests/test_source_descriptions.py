@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 from contextlib import closing
 
 import numpy as np
@@ -28,13 +27,8 @@ from geoengine.engine.tiles import all_xy
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("GEOENGINE_CACHE", "off")
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.http.shutdown()
-    thread.join()
-    server.http.server_close()
+    with Server() as server:
+        yield server
 
 
 def parse(text, folder=None):

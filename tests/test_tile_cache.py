@@ -7,7 +7,6 @@ import random
 import resource
 import signal
 import sqlite3
-import threading
 import time
 from contextlib import closing
 
@@ -33,13 +32,8 @@ FOREVER = float("inf")
 
 @pytest.fixture
 def server():
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.http.shutdown()
-    thread.join()
-    server.http.server_close()
+    with Server() as server:
+        yield server
 
 
 def described(server, **fields):

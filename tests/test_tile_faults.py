@@ -1,7 +1,6 @@
 """A search over a server with every fault at once gives the answer of a search without faults."""
 
 import hashlib
-import threading
 import time
 from collections import Counter
 from contextlib import closing
@@ -80,28 +79,21 @@ def run(k, path):
     clean = AddressTiles()
     expected = located(clean, k)
     tiles = sum(len(xy) for _, xy in clean.reads)
-    server = FaultyServer()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    description = SourceDescription(
-        template=server.address + "/{z}/{x}/{y}",
-        tile_size=2,
-        cache=CachePolicy.FOREVER,
-        backoff_s=0.02,
-        read_timeout_s=READ_TIMEOUT_S,
-        concurrency=32,
-    )
-    try:
+    with FaultyServer() as server:
+        description = SourceDescription(
+            template=server.address + "/{z}/{x}/{y}",
+            tile_size=2,
+            cache=CachePolicy.FOREVER,
+            backoff_s=0.02,
+            read_timeout_s=READ_TIMEOUT_S,
+            concurrency=32,
+        )
         with closing(HttpSource(description, TileCache(path, METADATA))) as source:
             assert located(source, k) == expected
         requests = sum(server.met.values())
         with closing(HttpSource(description, TileCache(path, METADATA))) as source:
             assert located(source, k) == expected  # from the cache
         assert sum(server.met.values()) == requests
-    finally:
-        server.http.shutdown()
-        thread.join()
-        server.http.server_close()
     kept = rows(path, "SELECT zoom_level, tile_column, tile_row, tile_data FROM tiles")
     assert len(kept) == tiles
     assert all(data == address_png(z, x, 2**z - 1 - row) for z, x, row, data in kept)

@@ -5,7 +5,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from contextlib import closing
 
@@ -25,13 +24,8 @@ from geoengine.engine.tiles import LngLatBbox, Tile, all_xy, xy_in_bbox
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("GEOENGINE_CACHE", str(tmp_path / "cache"))
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.http.shutdown()
-    thread.join()
-    server.http.server_close()
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -40,6 +40,16 @@ class Server:
         self.http = _QuietServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.http.server_port}"
 
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
     def answer(self, request):
         key = "/".join(urlsplit(request.path).path.strip("/").split("/")[-3:]).split(".")[0]
         with self.lock:
