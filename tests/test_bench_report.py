@@ -79,8 +79,9 @@ def test_a_benchmark_with_other_settings_is_shown_after_it(tmp_path):
     assert [heading[3:].partition(":")[0] for heading in headings] == ["table1", "table1-network", "peers"]
 
 
-def test_an_unfinished_run_is_called_so_and_shown(tmp_path):
-    put(tmp_path, made(complete=False))
+@pytest.mark.parametrize("name", ["peers", "peers-scoring"])
+def test_an_unfinished_run_is_called_so_and_shown(tmp_path, name):
+    put(tmp_path, made(name, complete=False))
     text, troubles = shown(tmp_path)
     assert "**Unfinished**: 1 rows so far; `geoengine bench peers`" in text and "seconds: 1.5" in text
     assert not troubles

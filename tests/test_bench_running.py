@@ -135,6 +135,21 @@ def test_a_run_that_ends_before_its_first_row_leaves_the_last_one(
     assert read(file)["complete"] and keys(read(file)) == "a b"
 
 
+@pytest.mark.parametrize("name", ["table1", "stages"])
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--backend", "abacus"], "unknown backend 'abacus'"),
+        (["--precision", "fp7"], "unknown precision 'fp7'"),
+        (["--tiles", "nowhere"], "there is no tile source 'nowhere'"),
+    ],
+)
+def test_wrong_input_is_refused_before_encoders_are_built(name, more, sentence, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEOENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("geoengine.export.build.build_engines", lambda *_: pytest.fail("builds encoders"))
+    refused(run("bench", name, *more, "--out", tmp_path), sentence)
+
+
 BUSY = """
 import time
 from geoengine.bench.suite import scale

@@ -22,7 +22,7 @@ TITLES = {
 }
 """The benchmarks of the suite, in the order in which they are shown; each is a module beside this one.
 
-One with other settings has a name of its own behind a hyphen, as in table1-network.
+One with other settings, or of some parts, has a name of its own behind a hyphen, as in table1-network.
 """
 
 NAME = "README.md"
@@ -156,8 +156,8 @@ def _section(machine: str, document: Document, text: str, drawn: Iterable[str]) 
     lines = [f"### {_cell(machine)}\n"]
     if not document["complete"]:
         lines.append(
-            f"**Unfinished**: {len(document['rows'])} rows so far; `geoengine bench {document['benchmark']}` "
-            "with the same options goes on.\n"
+            f"**Unfinished**: {len(document['rows'])} rows so far; `geoengine bench "
+            f"{_base(document['benchmark'])}` with the same options goes on.\n"
         )
     lines.append(_demoted(text).strip() + "\n")
     lines += [f"![{name}]({_folder_of(machine)}/{name}.svg)\n" for name in drawn]

@@ -26,7 +26,7 @@ from geoengine.bench.suite.stage_clock import StageClock, watched
 from geoengine.bench.suite.timing import Spread
 from geoengine.bench.suite.waterfall import Bar, waterfall
 from geoengine.bench.suite.workload import PooledTiles, drawn_photos, resolve_bundle, tile_pool
-from geoengine.engine.backends import GPU_BACKENDS, try_backends
+from geoengine.engine.backends import GPU_BACKENDS, check_choice, try_backends
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.errors import BackendError, GeoEngineError
@@ -46,7 +46,10 @@ _PAIRS = 5  # rounds of the encoder with tiles as they come and in its own size
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSettings:
-    """What is measured: beam width, backends ("auto": the first to run; "all"), and what is in it."""
+    """What is measured: beam width, backends ("auto": the first to run; "all"), and what is in it.
+
+    Raises GeoEngineError.
+    """
 
     k: int = 16
     backends: tuple[str, ...] = ("all",)
@@ -58,6 +61,8 @@ class StageSettings:
     def __post_init__(self) -> None:
         if self.k < 1 or self.rounds < 1:
             raise GeoEngineError(f"k and rounds must be at least 1, got {self.k} and {self.rounds}")
+        for backend in self.backends:
+            check_choice("auto" if backend == "all" else backend, self.precision)
 
     @property
     def benchmark(self) -> str:
@@ -71,6 +76,8 @@ class StageSettings:
 
 def measure(settings: StageSettings, results: Results, progress: Progress) -> None:
     """Add a row for each backend; raises GeoEngineError when none can run, or the bundle or tiles cannot."""
+    if settings.tiles is not None:
+        open_source(settings.tiles).close()  # what is none is refused before encoders are built
     bundle = EngineBundle.open(
         resolve_bundle(settings.bundle, lambda done, total, what: progress(what, done, total))
     )

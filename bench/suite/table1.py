@@ -25,10 +25,13 @@ from geoengine.bench.suite.table1_inputs import Photos, accuracy_note, opened_ph
 from geoengine.bench.suite.table1_tables import key_figures, speedups, tables
 from geoengine.bench.suite.timing import Spread
 from geoengine.bench.suite.workload import resolve_bundle, tile_pool
+from geoengine.engine.backends import check_choice
 from geoengine.engine.bundle import EngineBundle
 from geoengine.engine.errors import GeoEngineError
 from geoengine.engine.manifest import model_name
+from geoengine.engine.photo_sets import PhotoSetError
 from geoengine.engine.search import SearchConfig
+from geoengine.engine.sources import open_source
 from geoengine.engine.tiles import LngLat
 
 __all__ = ["Table1Settings", "key_figures", "measure", "speedups", "tables"]
@@ -61,6 +64,9 @@ class Table1Settings:
             SearchConfig(k=k)  # refuses what cannot be
         if len(set(self.ks)) < len(self.ks) or not self.ks:
             raise GeoEngineError(f"each k once, and at least one: got {' '.join(map(str, self.ks))}")
+        check_choice(self.backend, self.precision)
+        if self.photos is not None and not Path(self.photos).exists():
+            raise PhotoSetError(f"{self.photos}: there is no such folder of photos")
         if self.count is not None and self.count < 1:
             raise GeoEngineError(f"at least one photo must be located, got {self.count}")
         if not self.budget_s > 0:
@@ -96,6 +102,8 @@ class _Run:
 
 def measure(settings: Table1Settings, results: Results, progress: Progress) -> None:
     """Add the rows that are not there, one for each k; raises GeoEngineError."""
+    if settings.tiles is not None:
+        open_source(settings.tiles).close()  # what is none is refused before encoders are built
     folder = resolve_bundle(settings.bundle, lambda done, total, what: progress(what, done, total or None))
     bundle = EngineBundle.open(folder)
     spec = settings.tiles

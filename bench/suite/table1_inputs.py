@@ -44,8 +44,6 @@ def opened_photos(folder: str | None, bundle: EngineBundle, most: int) -> Photos
         if bundle.world == "planet":
             return Photos("photos of the planet", [one.read for one in drawn], [one.place for one in drawn])
         return Photos("drawn photos", [one.read for one in drawn], [], "drawn photos show no place on Earth")
-    if not Path(folder).exists():
-        raise PhotoSetError(f"{folder}: there is no such folder of photos")
     why = ""
     try:
         entries = list(open_photo_set(folder, need_place=True))

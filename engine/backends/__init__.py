@@ -129,10 +129,7 @@ def open_backend(
     """
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise BackendError(f"threads must be from 1 to {MAX_THREADS}, got {threads}")
-    if backend not in ("auto", *BACKENDS):
-        raise BackendError(f"unknown backend {backend!r}: there are auto, {', '.join(BACKENDS)}")
-    if precision not in (None, *Variant):
-        raise BackendError(f"unknown precision {precision!r}: there are {', '.join(Variant)}")
+    check_choice(backend, precision)
     if backend != "auto":
         return _open(backend, bundle, precision, threads)
     reasons = []
@@ -143,6 +140,14 @@ def open_backend(
         _log.debug("not backend %s: %s", name, opened)
         reasons.append(f"{name}: {opened}")
     raise BackendError(f"no backend can run engine bundle {bundle.path}: {'; '.join(reasons)}")
+
+
+def check_choice(backend: str, precision: str | None) -> None:
+    """Raise BackendError unless there are such a backend, or "auto", and such a precision, or None."""
+    if backend not in ("auto", *BACKENDS):
+        raise BackendError(f"unknown backend {backend!r}: there are auto, {', '.join(BACKENDS)}")
+    if precision not in (None, *Variant):
+        raise BackendError(f"unknown precision {precision!r}: there are {', '.join(Variant)}")
 
 
 def try_backends(

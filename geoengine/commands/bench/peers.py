@@ -12,12 +12,15 @@ from geoengine.commands.bench.running import run
 
 
 def peers(
-    part: Annotated[Part, typer.Argument(help="What to compare.")] = Part.both,
+    part: Annotated[Part, typer.Argument(metavar="PART", help="What to compare.")] = Part.both,
     batch: Annotated[int, typer.Option(help="Pictures in a call.", min=16, max=4096)] = 32,
     rounds: RoundsOption = 5,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="Ours to compare; repeatable. Default: those for this machine's GPU, or CPU."),
+        typer.Option(
+            help="tensorrt, onnxruntime-cuda, openvino, onnxruntime-cpu; several times for several. Default: "
+            "those for this machine's GPU, or CPU."
+        ),
     ] = None,
     fastembed: Annotated[
         str | None,
@@ -27,10 +30,11 @@ def peers(
     again: AgainOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare our encoders and scoring with the libraries that a user would take: speed and accuracy.
+    """Compare encoders and scoring with other libraries.
 
-    Encoders are ViT-B/32 with random weights, so nothing is downloaded; comparing them needs the export
-    extra. Peers that are not installed get a row that says how to install them. Takes minutes on two cores.
+    Speed and accuracy, ours beside those of what a user would take instead. Encoders are ViT-B/32 with random
+    weights, so nothing is downloaded; comparing them needs the export extra. Peers that are not installed get
+    a row that says how to install them. Takes minutes on two cores.
     """
     from geoengine.bench.suite import peers as suite
     from geoengine.bench.suite.machine import gpu_name

@@ -20,10 +20,11 @@ class Part(StrEnum):
 
 
 _Parts = Annotated[
-    list[Part] | None, typer.Argument(metavar="[photos|k|rows]…", help="What grows; all by default.")
+    list[Part] | None,
+    typer.Argument(metavar="PART", help="What grows. Default: all; results of some are a file apart."),
 ]
 _Seconds = Annotated[
-    float, typer.Option(help="Time for each series of one bundle: larger rows are left out.", min=1)
+    float, typer.Option(help="Time for each series of one bundle; what would not fit is left out.", min=1)
 ]
 
 
@@ -35,7 +36,11 @@ def scale(
     again: AgainOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how cost grows with photos in a call, with the beam width, and with an index's rows."""
+    """Measure how cost grows with photos, beam width and index.
+
+    With the photos of one call, with k, and with the rows of an index. Tables go to stdout, and the results
+    with plots to the folder of results.
+    """
     from geoengine.bench.suite import scale as suite
 
     wanted = tuple(part for part in suite.PARTS if not parts or Part(part) in parts)

@@ -38,9 +38,10 @@ def stages(
     again: AgainOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time each stage of a search for one photo, beside what this machine could do at best.
+    """Time each stage of a search, beside this machine's limit.
 
-    Tables go to stdout, and the results with a waterfall for each backend to the folder of results.
+    One photo is located with nothing known. Tables go to stdout, and the results with a waterfall for each
+    backend to the folder of results.
     """
     from geoengine.bench.suite import stages as suite
 

@@ -55,10 +55,11 @@ def table1(
     again: AgainOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time one photo for each beam width, as the paper's Table 1 does, beside the paper's own procedure.
+    """Time a photo by beam width, beside the paper's procedure.
 
-    With nothing known of the tiles, with zooms 4, 6 and 8 in an index, and with all tiles known. Tiles are
-    the suite's own, on the disk, unless --tiles or --simulate-network says otherwise.
+    As the paper's Table 1 does: with nothing known of the tiles, with zooms 4, 6 and 8 in an index, and with
+    all tiles known. Tiles are the suite's own, on the disk, unless --tiles or --simulate-network says
+    otherwise.
     """
     from geoengine.bench.suite import table1 as suite
 
