@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from int8_bundle import MIDDLE, SIDE, make_tower, write_int8_bundle
 from made_encoders import encode
 from tiny_bundle import write_manifest, write_tiny_bundle
 
+from geoengine.engine.backends.batches import PictureBatch, Run
 from geoengine.engine.backends.openvino import MAX_BATCH, OpenVino
 from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.cores import available_cores
 from geoengine.engine.errors import BackendError, BundleError
 from geoengine.engine.preprocess import to_square
 from geoengine.export.pictures import sample_pictures
@@ -38,7 +41,7 @@ def backend(bundle):
 def runtime_layers(backend):
     """Kind, type and precision of what OpenVINO made of the graphs' layers."""
     layers = []
-    for request in backend._requests.values():
+    for request, *_ in backend._requests.values():
         for node in request.get_compiled_model().get_runtime_model().get_ordered_ops():
             info = node.get_rt_info()
             layers.append(tuple(str(info[key].astype(str)) for key in ("layerType", "runtimePrecision")))
@@ -62,14 +65,15 @@ def test_products_run_in_int8(backend):
     dense = [precision for kind, precision in runtime_layers(backend) if kind == "FullyConnected"]
     # of trunk and head; the projection is float
     assert dense.count("u8") + dense.count("i8") == len(dense) - dense.count("f32")
-    assert dense.count("f32") == len(backend._requests) - 1
-    assert len(dense) - dense.count("f32") >= 1 + 3 * 4 + 4 + 5
+    heads = [path for path, _ in backend._requests if path.name.startswith("head")]
+    assert dense.count("f32") == len(heads) > 0
+    assert len(dense) - dense.count("f32") >= 1 + 3 * 6 + 6 + 6
     assert "bf16" not in {precision for _, precision in runtime_layers(backend)}
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, MAX_BATCH - 1, MAX_BATCH, MAX_BATCH + 5])
+@pytest.mark.parametrize("count", [1, 2, 7, MAX_BATCH, 2 * MAX_BATCH - 1, 2 * MAX_BATCH + 1])
 def test_an_embedding_is_the_same_in_any_batch(backend, count):
-    pixels = sample_pictures(SIDE, 2 * MAX_BATCH + 3)
+    pixels = sample_pictures(SIDE, 4 * MAX_BATCH + 3)
     whole = backend.encode("photo", pixels)
     np.testing.assert_allclose(backend.encode("photo", pixels[:count]), whole[:count], rtol=0, atol=1e-6)
     np.testing.assert_allclose(backend.encode("photo", pixels[-count:]), whole[-count:], rtol=0, atol=1e-6)
@@ -88,16 +92,71 @@ def test_the_number_of_threads_changes_nothing(backend, bundle):
     other = OpenVino(bundle, threads=1)
     np.testing.assert_array_equal(other.encode("photo", pixels), backend.encode("photo", pixels))
     for opened, threads in ((other, 1), (backend, 2)):
-        for request in opened._requests.values():
+        for request, *_ in opened._requests.values():
             assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == threads
     other.close()
+
+
+def test_a_batch_is_shared_out_among_streams(bundle):
+    """And with fewer pictures than threads, one stream has all of them."""
+    pytest.importorskip("openvino", reason="needs openvino, the extra of that name")
+    opened = OpenVino(bundle, threads=3)
+    assert opened.batch == 3 * MAX_BATCH
+    for count, expected in ((2, {1}), (3, {1, 3}), (opened.batch + 1, {1, 3})):
+        opened.encode("photo", sample_pictures(SIDE, count))
+        assert {streams for _, streams in opened._requests} == expected
+    for (_, streams), requests in opened._requests.items():
+        assert len(requests) == streams
+        made = requests[0].get_compiled_model().get_property("NUM_STREAMS")
+        assert made == min(streams, available_cores())  # OpenVINO makes no more
+    opened.close()
+
+
+def test_shares_of_a_batch_keep_every_picture_with_its_encoder():
+    pixels = np.arange(11, dtype=np.uint8)[:, None, None, None]
+    batch = PictureBatch(Path("trunk"), pixels, (Run("a", 0, 2), Run("b", 2, 9), Run("c", 9, 11)))
+    for count in (1, 2, 3, 5, 11):
+        found = []
+        for rows, share in batch.shares(count):
+            assert rows.stop - rows.start == len(share.pixels) > 0
+            assert abs(len(share.pixels) - 11 / count) < 1
+            for run in share.runs:
+                found += [(run.encoder, int(x)) for x in share.pixels[run.start : run.end].ravel()]
+        assert found == list(zip("aabbbbbbbcc", range(11), strict=True))
+
+
+def test_a_share_that_fails_fails_the_batch(bundle):
+    """And the next one is as good as before: nothing is left under way."""
+    pytest.importorskip("openvino", reason="needs openvino, the extra of that name")
+    opened = OpenVino(bundle, threads=2)
+    pixels = sample_pictures(SIDE, 6)
+    expected = opened.encode("photo", pixels)
+    requests = opened._requests[bundle.head_path("photo", "int8"), 2]
+    head = requests[1]
+
+    class Failing:
+        def start_async(self, inputs, share_inputs):
+            head.start_async(inputs, share_inputs=share_inputs)
+
+        def wait(self):
+            head.wait()
+            raise RuntimeError("out of\nmemory")
+
+    requests[1] = Failing()
+    with pytest.raises(BackendError, match=r"OpenVINO cannot run .*head_photo.int8.onnx: out of$"):
+        opened.encode("photo", pixels)
+    requests[1] = head
+    np.testing.assert_array_equal(opened.encode("photo", pixels), expected)
+    opened.close()
 
 
 ANOTHER_CPU = """
 import sys
 import numpy as np
+from geoengine.engine.backends.batches import PictureBatch, Run
 from geoengine.engine.backends.openvino import OpenVino
 from geoengine.engine.bundle import EngineBundle
+from geoengine.engine.cores import available_cores
 backend = OpenVino(EngineBundle.open(sys.argv[1]), threads=1)
 np.save(sys.argv[3], backend.encode("photo", np.load(sys.argv[2])))
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,17 @@ class PictureBatch:
     trunk: Path
     pixels: NDArray[np.uint8]
     runs: tuple[Run, ...]
+
+    def shares(self, count: int) -> Iterator[tuple[slice, PictureBatch]]:
+        """Yield the rows of `count` parts of almost equal size, and each as a batch of its own."""
+        ends = [len(self.pixels) * number // count for number in range(count + 1)]
+        for start, end in itertools.pairwise(ends):
+            runs = (
+                Run(run.encoder, max(run.start, start) - start, min(run.end, end) - start)
+                for run in self.runs
+                if run.start < end and run.end > start
+            )
+            yield slice(start, end), PictureBatch(self.trunk, self.pixels[start:end], tuple(runs))
 
 
 def picture_batches(

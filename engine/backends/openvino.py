@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,27 +23,30 @@ from geoengine.engine.manifest import Variant
 if TYPE_CHECKING:
     from openvino import InferRequest
 
-MAX_BATCH = 32
-"""Pictures in one run of a graph; bounds memory. Of 4 to 64 it was the fastest on two cores for ViT-B/32."""
+_UnderWay: TypeAlias = "tuple[Path, InferRequest]"
+
+MAX_BATCH = 16
+"""Pictures in one run of a graph; bounds memory. Of 8 to 32 it was the fastest on two cores for ViT-B/32."""
 
 
 class OpenVino(HostBackend):
     """Runs a bundle's int8 graphs in OpenVINO on the CPU.
 
-    Each graph is compiled when it is first needed. One batch runs at a time, on all threads, whichever thread
-    called `encode`.
+    One batch is under way at a time, whichever thread called `encode`. It is shared out among as many streams
+    as there are threads, which run trunk and heads without waiting for each other; with fewer pictures than
+    threads, one stream has all threads. Graphs are compiled when first needed, for either way.
     """
 
     name, runs = OPENVINO, (Variant.int8,)
-    batch = max_batch = MAX_BATCH
 
     def __init__(
         self, bundle: EngineBundle, *, precision: str | None = None, threads: int | None = None
     ) -> None:
         self.variant = choose_variant(bundle, self.name, precision, self.runs)
         self.threads = available_cores() if threads is None else threads
+        self.batch = self.max_batch = MAX_BATCH * self.threads
         self._bundle = bundle
-        self._requests: dict[Path, InferRequest] = {}
+        self._requests: dict[tuple[Path, int], list[InferRequest]] = {}  # by graph and number of streams
         self._lock = threading.Lock()
         self._closed = False
         self._core = _load_openvino().Core()
@@ -57,41 +63,85 @@ class OpenVino(HostBackend):
             self._requests.clear()
 
     def _encode_batch(self, batch: PictureBatch) -> NDArray[np.float32]:
+        streams = self.threads if len(batch.pixels) >= self.threads else 1
         embeddings = np.empty((len(batch.pixels), self._bundle.embed_dim), dtype=np.float32)
-        with self._lock:  # results lie in the requests' memory until they run again
-            tokens = self._run(batch.trunk, np.ascontiguousarray(batch.pixels))
-            for run in batch.runs:
-                own = slice(run.start, run.end)
-                embeddings[own] = self._run(self._head(run.encoder), tokens[own])
+        with self._lock:
+            if self._closed:
+                raise BackendError(f"backend {self.name} is closed")
+            heads = (self._head(run.encoder) for run in batch.runs)
+            graphs = {path: self._loaded(path, streams) for path in (batch.trunk, *heads)}
+            _take_turns(
+                self._steps(share, {path: own[stream] for path, own in graphs.items()}, embeddings[rows])
+                for stream, (rows, share) in enumerate(batch.shares(streams))
+            )
         return embeddings
 
-    def _run(self, path: Path, value: NDArray[Any]) -> NDArray[np.float32]:
-        if self._closed:
-            raise BackendError(f"backend {self.name} is closed")
-        if path not in self._requests:
-            request = self._load(path)
-            self._bundle.check_unchanged()
-            self._requests[path] = request
-        try:
-            results = self._requests[path].infer([value], share_inputs=True, share_outputs=True)
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot run {path}: {first_line(error)}") from error
-        return np.asarray(results[0])
+    def _steps(
+        self, batch: PictureBatch, graphs: Mapping[Path, InferRequest], embeddings: NDArray[np.float32]
+    ) -> Iterator[_UnderWay]:
+        """Encode a batch with a stream's own requests; yields each that is under way, and goes on after it.
 
-    def _load(self, path: Path) -> InferRequest:
+        Results lie in the requests' memory until they run again.
+        """
+        trunk = graphs[batch.trunk]
+        trunk.start_async([np.ascontiguousarray(batch.pixels)], share_inputs=True)
+        yield batch.trunk, trunk
+        tokens = trunk.get_output_tensor(0).data
+        for run in batch.runs:
+            path, own = self._head(run.encoder), slice(run.start, run.end)
+            graphs[path].start_async([tokens[own]], share_inputs=True)
+            yield path, graphs[path]
+            embeddings[own] = graphs[path].get_output_tensor(0).data
+
+    def _loaded(self, path: Path, streams: int) -> list[InferRequest]:
+        """Return a graph's requests, one for each stream."""
+        if (path, streams) not in self._requests:
+            requests = self._load(path, streams)
+            self._bundle.check_unchanged()
+            self._requests[path, streams] = requests
+        return self._requests[path, streams]
+
+    def _load(self, path: Path, streams: int) -> list[InferRequest]:
         options = {
             # By default it is bfloat16 where the CPU has it, and then embeddings differ between machines.
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": self.threads,
-            "NUM_STREAMS": 1,
+            "NUM_STREAMS": streams,
             # Pinned threads of two processes, or of two graphs, would wait for the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         try:
-            return self._core.compile_model(path, "CPU", options).create_infer_request()
+            compiled = self._core.compile_model(path, "CPU", options)
+            return [compiled.create_infer_request() for _ in range(streams)]
         except RuntimeError as error:
             self._bundle.check_unchanged()
             raise BackendError(f"OpenVINO cannot load {path}: {first_line(error)}") from error
+
+
+def _take_turns(streams: Iterable[Iterator[_UnderWay]]) -> None:
+    """Run streams side by side until all have ended.
+
+    One thread starts all requests: where several convert their inputs at once, OpenVINO's bindings can wait
+    for each other without end.
+    """
+    under_way: deque[tuple[_UnderWay, Iterator[_UnderWay]]] = deque()
+    try:
+        for steps in streams:
+            under_way.append((next(steps), steps))
+        while under_way:
+            (path, request), steps = under_way[0]
+            try:
+                request.wait()
+            except RuntimeError as error:
+                raise BackendError(f"OpenVINO cannot run {path}: {first_line(error)}") from error
+            step = next(steps, None)
+            under_way.popleft()
+            if step is not None:
+                under_way.append((step, steps))
+    finally:
+        for (_, request), _ in under_way:  # after an error or Ctrl-C: they are at work on our memory
+            with contextlib.suppress(RuntimeError):
+                request.wait()
 
 
 def _load_openvino() -> Any:  # noqa: ANN401 - the module
