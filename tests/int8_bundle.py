@@ -89,7 +89,7 @@ def write_int8(tower, folder, *, smooth=True, **options):
     return quantize_graphs(trunks, heads, folder, calibrating_pictures(), smooth=smooth)
 
 
-def write_int8_bundle(folder, tower, *, levels=(1,), sides=(SIDE, 96)):
+def write_int8_bundle(folder, tower, *, levels=(1,), sides=(SIDE, 96), world="planet"):
     """A bundle that has nothing but int8 graphs."""
     encoders = ("photo", *(f"z{z:02d}" for z in levels))
     onnx = folder / "onnx"
@@ -101,7 +101,7 @@ def write_int8_bundle(folder, tower, *, levels=(1,), sides=(SIDE, 96)):
         "geoengine": "0.1.0",
         "model": "middle",
         "pretrained": "none",
-        "world": "planet",
+        "world": world,
         "levels": list(levels),
         "embed_dim": MIDDLE.output_dim,
         "image_size": SIDE,

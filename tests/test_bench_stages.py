@@ -5,6 +5,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from int8_bundle import make_tower, write_int8_bundle
 from made_encoders import MEAN, STD
 from tiny_bundle import write_tiny_bundle, write_tiny_tiles
 from typer.testing import CliRunner
@@ -67,6 +68,20 @@ def test_the_accounts_of_a_search_add_up_to_the_whole(small, tmp_path):
     assert own["decode"]["waits_s"] == 0  # other threads decode
     assert own["preprocess"]["busy_s"] == 0  # tiles come in the encoder's size
     assert 0 < row["but_encoder_busy"] < 1
+
+
+def test_streams_side_by_side_add_up_too(small, tmp_path):
+    """OpenVINO shares a batch out: every picture is counted once, and so is the time."""
+    pytest.importorskip("openvino", reason="needs openvino, the extra of that name")
+    bundle = write_int8_bundle(tmp_path / "bundle", make_tower(), levels=(1, 3), world="earth")
+    [row] = measured((bundle, small[1]), tmp_path / "out", backends=("openvino",)).document["rows"]
+    own = row["stages"]
+    assert row["encoded"] == 4 + 2 * 16 + 1
+    assert own["head"]["calls"] == own["trunk"]["calls"] >= 3
+    assert sum(stage["busy_s"] for stage in own.values()) == pytest.approx(row["total_s"])
+    waited = sum(stage["waits_s"] for stage in own.values()) + row["waiting_s"]
+    assert waited == pytest.approx(row["whole_s"])
+    assert min(own[stage][account] for stage in ("trunk", "head") for account in ("busy_s", "waits_s")) > 0
 
 
 def test_a_search_is_as_before_once_it_was_watched(small, tmp_path):

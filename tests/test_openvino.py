@@ -105,6 +105,8 @@ def test_a_batch_is_shared_out_among_streams(bundle):
     for count, expected in ((2, {1}), (3, {1, 3}), (opened.batch + 1, {1, 3})):
         opened.encode("photo", sample_pictures(SIDE, count))
         assert {streams for _, streams in opened._requests} == expected
+    opened.encode("z01", sample_pictures(SIDE, 1))  # a rest of a level must not have graphs compiled again
+    assert (bundle.head_path("z01", "int8"), 1) not in opened._requests
     for (_, streams), requests in opened._requests.items():
         assert len(requests) == streams
         made = requests[0].get_compiled_model().get_property("NUM_STREAMS")

@@ -129,7 +129,7 @@ class Series:
     def ready(self) -> bool:
         """Load what the first call would load; true."""
         side = self.engine.source.tile_size
-        pictures = np.zeros((2, side, side, 3), np.uint8)
+        pictures = np.zeros((self.engine.backend.batch, side, side, 3), np.uint8)
         for zoom in self.engine.bundle.levels:
             self.engine.backend.encode(encoder_name(zoom), pictures)
         self.engine.embed_photos([self.engine.prepare(pictures[0])])

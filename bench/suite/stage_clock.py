@@ -23,7 +23,7 @@ import numpy as np
 
 from geoengine.bench.suite.workload import PooledTiles
 from geoengine.engine import pictures
-from geoengine.engine.backends import GPU_BACKENDS, batches
+from geoengine.engine.backends import GPU_BACKENDS, OPENVINO, batches
 from geoengine.engine.engine import GeoEngine
 from geoengine.engine.preprocess import to_square
 from geoengine.engine.readahead import ReadAhead
@@ -139,6 +139,8 @@ def _seams(engine: GeoEngine, clock: StageClock) -> Iterator[tuple[object, str, 
     yield engine.backend, "rows", _rows(clock, engine.backend.rows)
     if engine.backend.name in GPU_BACKENDS:
         yield from _gpu_seams(engine.backend, clock)
+    elif engine.backend.name == OPENVINO:
+        yield from _openvino_seams(engine.backend, clock)
     else:
         yield engine.backend, "_run", _graph_run(clock, engine.backend)
 
@@ -223,16 +225,38 @@ def _graph_run(clock: StageClock, backend: Any) -> Callable[..., Any]:  # noqa: 
     run = backend._run
 
     def timed(path: Path, *arguments: Any) -> Any:  # noqa: ANN401
-        value = arguments[-1]
-        stage = TRUNK if value.dtype == np.uint8 else HEAD
-        if stage == TRUNK:
-            clock.sides.add(value.shape[1])
+        stage = _counted(clock, arguments[-1])
         with clock.stage(stage):
-            result = run(path, *arguments)
-        clock.count(stage, value.nbytes, len(value))
-        return result
+            return run(path, *arguments)
 
     return timed
+
+
+def _openvino_seams(backend: Any, clock: StageClock) -> Iterator[tuple[object, str, object]]:  # noqa: ANN401
+    """Time starting graphs and waiting for them: streams run side by side, each waited for in turn."""
+    start, wait = backend._start, backend._wait
+    stages: dict[Path, str] = {}
+
+    def started(path: Path, request: Any, value: Any) -> None:  # noqa: ANN401
+        stages[path] = _counted(clock, value)
+        with clock.stage(stages[path]):
+            start(path, request, value)
+
+    def waited(path: Path, request: Any) -> None:  # noqa: ANN401
+        with clock.stage(stages[path]):
+            wait(path, request)
+
+    yield backend, "_start", started
+    yield backend, "_wait", waited
+
+
+def _counted(clock: StageClock, value: Any) -> str:  # noqa: ANN401 - an array
+    """Count what a graph is given, and return its stage: a trunk takes pixels."""
+    stage = TRUNK if value.dtype == np.uint8 else HEAD
+    if stage == TRUNK:
+        clock.sides.add(value.shape[1])
+    clock.count(stage, value.nbytes, len(value))
+    return stage
 
 
 def _gpu_seams(backend: Any, clock: StageClock) -> Iterator[tuple[object, str, object]]:  # noqa: ANN401

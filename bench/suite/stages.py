@@ -156,11 +156,10 @@ def _measured(engine: GeoEngine, settings: StageSettings, progress: Progress) ->
 
 def _load(engine: GeoEngine) -> None:
     """Load all graphs, which are otherwise loaded when they are first needed."""
-    side = engine.source.tile_size or engine.bundle.image_size
-    for encoder in ("photo", *map(encoder_name, engine.bundle.levels)):
-        engine.backend.encode(encoder, np.zeros((2, side, side, 3), np.uint8))
-    size = engine.bundle.image_size
-    engine.backend.encode("photo", np.zeros((2, size, size, 3), np.uint8))
+    side, size = engine.source.tile_size or engine.bundle.image_size, engine.bundle.image_size
+    engine.backend.encode("photo", np.zeros((1, size, size, 3), np.uint8))
+    for encoder in map(encoder_name, engine.bundle.levels):
+        engine.backend.encode(encoder, np.zeros((engine.backend.batch, side, side, 3), np.uint8))
 
 
 def _sample(source: TileSource) -> list[bytes]:

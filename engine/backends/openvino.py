@@ -33,8 +33,9 @@ class OpenVino(HostBackend):
     """Runs a bundle's int8 graphs in OpenVINO on the CPU.
 
     One batch is under way at a time, whichever thread called `encode`. It is shared out among as many streams
-    as there are threads, which run trunk and heads without waiting for each other; with fewer pictures than
-    threads, one stream has all threads. Graphs are compiled when first needed, for either way.
+    as there are threads, which run trunk and heads without waiting for each other. Where there are fewer
+    pictures than threads, one stream has them all, unless the trunk is there for several already. Graphs are
+    compiled when they are first needed.
     """
 
     name, runs = OPENVINO, (Variant.int8,)
@@ -63,16 +64,17 @@ class OpenVino(HostBackend):
             self._requests.clear()
 
     def _encode_batch(self, batch: PictureBatch) -> NDArray[np.float32]:
-        streams = self.threads if len(batch.pixels) >= self.threads else 1
         embeddings = np.empty((len(batch.pixels), self._bundle.embed_dim), dtype=np.float32)
         with self._lock:
             if self._closed:
                 raise BackendError(f"backend {self.name} is closed")
+            many = len(batch.pixels) >= self.threads or (batch.trunk, self.threads) in self._requests
+            streams = self.threads if many else 1
             heads = (self._head(run.encoder) for run in batch.runs)
             graphs = {path: self._loaded(path, streams) for path in (batch.trunk, *heads)}
-            _take_turns(
+            self._take_turns(
                 self._steps(share, {path: own[stream] for path, own in graphs.items()}, embeddings[rows])
-                for stream, (rows, share) in enumerate(batch.shares(streams))
+                for stream, (rows, share) in enumerate(batch.shares(min(streams, len(batch.pixels))))
             )
         return embeddings
 
@@ -84,14 +86,49 @@ class OpenVino(HostBackend):
         Results lie in the requests' memory until they run again.
         """
         trunk = graphs[batch.trunk]
-        trunk.start_async([np.ascontiguousarray(batch.pixels)], share_inputs=True)
+        self._start(batch.trunk, trunk, np.ascontiguousarray(batch.pixels))
         yield batch.trunk, trunk
         tokens = trunk.get_output_tensor(0).data
         for run in batch.runs:
             path, own = self._head(run.encoder), slice(run.start, run.end)
-            graphs[path].start_async([tokens[own]], share_inputs=True)
+            self._start(path, graphs[path], tokens[own])
             yield path, graphs[path]
             embeddings[own] = graphs[path].get_output_tensor(0).data
+
+    def _start(self, path: Path, request: InferRequest, value: NDArray[Any]) -> None:
+        """Have a graph run on `value`, which must stay as it is until `_wait` returns."""
+        try:
+            request.start_async([value], share_inputs=True)
+        except RuntimeError as error:
+            raise _failed(path, error) from error
+
+    def _wait(self, path: Path, request: InferRequest) -> None:
+        try:
+            request.wait()
+        except RuntimeError as error:
+            raise _failed(path, error) from error
+
+    def _take_turns(self, streams: Iterable[Iterator[_UnderWay]]) -> None:
+        """Run streams side by side until all have ended.
+
+        One thread starts all requests: where several convert their inputs at once, OpenVINO's bindings can
+        wait for each other without end.
+        """
+        under_way: deque[tuple[_UnderWay, Iterator[_UnderWay]]] = deque()
+        try:
+            for steps in streams:
+                under_way.append((next(steps), steps))
+            while under_way:
+                (path, request), steps = under_way[0]
+                self._wait(path, request)
+                step = next(steps, None)
+                under_way.popleft()
+                if step is not None:
+                    under_way.append((step, steps))
+        finally:
+            for (_, request), _ in under_way:  # after an error or Ctrl-C: they are at work on our memory
+                with contextlib.suppress(RuntimeError):
+                    request.wait()
 
     def _loaded(self, path: Path, streams: int) -> list[InferRequest]:
         """Return a graph's requests, one for each stream."""
@@ -118,30 +155,8 @@ class OpenVino(HostBackend):
             raise BackendError(f"OpenVINO cannot load {path}: {first_line(error)}") from error
 
 
-def _take_turns(streams: Iterable[Iterator[_UnderWay]]) -> None:
-    """Run streams side by side until all have ended.
-
-    One thread starts all requests: where several convert their inputs at once, OpenVINO's bindings can wait
-    for each other without end.
-    """
-    under_way: deque[tuple[_UnderWay, Iterator[_UnderWay]]] = deque()
-    try:
-        for steps in streams:
-            under_way.append((next(steps), steps))
-        while under_way:
-            (path, request), steps = under_way[0]
-            try:
-                request.wait()
-            except RuntimeError as error:
-                raise BackendError(f"OpenVINO cannot run {path}: {first_line(error)}") from error
-            step = next(steps, None)
-            under_way.popleft()
-            if step is not None:
-                under_way.append((step, steps))
-    finally:
-        for (_, request), _ in under_way:  # after an error or Ctrl-C: they are at work on our memory
-            with contextlib.suppress(RuntimeError):
-                request.wait()
+def _failed(path: Path, error: RuntimeError) -> BackendError:
+    return BackendError(f"OpenVINO cannot run {path}: {first_line(error)}")
 
 
 def _load_openvino() -> Any:  # noqa: ANN401 - the module

@@ -108,14 +108,14 @@ class Locator:
         return rows
 
     def _warm_up(self) -> None:
-        """Load every encoder, so that the first request does not wait for it, or fail."""
-        sides = {PHOTO: self.engine.bundle.image_size}
+        """Load every encoder, so that the first request does not wait for it, or fail: as full batches do."""
+        backend, size = self.engine.backend, self.engine.bundle.image_size
+        blank = [(PHOTO, np.zeros((1, size, size, 3), np.uint8))]
         if Method.tiles in self.offer.methods:
-            sides |= {encoder_name(zoom): self.engine.source.tile_size for zoom in self.offer.levels}
-        self.engine.backend.encode_mixed(
-            [(encoder, np.zeros((1, side, side, 3), np.uint8)) for encoder, side in sides.items()]
-        )
-
+            levels, side = self.offer.levels, self.engine.source.tile_size
+            tiles = np.zeros((-(-backend.batch // len(levels)), side, side, 3), np.uint8)
+            blank += [(encoder_name(zoom), tiles) for zoom in levels]
+        backend.encode_mixed(blank)
         if self.engine.bundle.has_geoclip:
             self.engine.geoclip()
 
