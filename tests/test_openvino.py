@@ -128,26 +128,32 @@ def test_shares_of_a_batch_keep_every_picture_with_its_encoder():
 
 
 def test_a_share_that_fails_fails_the_batch(bundle):
-    """And the next one is as good as before: nothing is left under way."""
+    """But only once the others have ended, and the next batch is as good as before."""
     pytest.importorskip("openvino", reason="needs openvino, the extra of that name")
     opened = OpenVino(bundle, threads=2)
     pixels = sample_pictures(SIDE, 6)
     expected = opened.encode("photo", pixels)
     requests = opened._requests[bundle.head_path("photo", "int8"), 2]
-    head = requests[1]
+    heads, ended = tuple(requests), []
 
-    class Failing:
+    class Watched:
+        def __init__(self, number):
+            self.number = number
+
         def start_async(self, inputs, share_inputs):
-            head.start_async(inputs, share_inputs=share_inputs)
+            heads[self.number].start_async(inputs, share_inputs=share_inputs)
 
         def wait(self):
-            head.wait()
-            raise RuntimeError("out of\nmemory")
+            heads[self.number].wait()
+            ended.append(self.number)
+            if self.number == 0:
+                raise RuntimeError("out of\nmemory")
 
-    requests[1] = Failing()
+    requests[:] = Watched(0), Watched(1)
     with pytest.raises(BackendError, match=r"OpenVINO cannot run .*head_photo.int8.onnx: out of$"):
         opened.encode("photo", pixels)
-    requests[1] = head
+    assert set(ended) == {0, 1}
+    requests[:] = heads
     np.testing.assert_array_equal(opened.encode("photo", pixels), expected)
     opened.close()
 
